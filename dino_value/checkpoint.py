@@ -1,0 +1,60 @@
+"""Checkpoints: one tree of state in one file, complete or absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dino_value.errors import UserError
+
+_PATTERN = "step_*.pt"
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` for `step`, then drop all but the newest `keep`; a kill at any moment leaves the older ones whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.pt"
+    temporary = folder / f".{path.name}.{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in sorted(folder.glob(_PATTERN))[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, if it has one."""
+    found = sorted(folder.glob(_PATTERN))
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state tree of a checkpoint, or of a run folder's newest one; weights-only, never executed.
+
+    Raises:
+        UserError: nothing there, or not a readable checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        newest = latest_checkpoint(path / "checkpoints")
+        if newest is None:
+            raise UserError(f"{path}: a folder without checkpoints; give a run folder or a checkpoint file")
+        path = newest
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torn zip, foreign pickle: whatever it is, it is not ours
+        raise UserError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict) or "teacher" not in state:
+        raise UserError(f"{path}: not a checkpoint of this program (it has no teacher)")
+    return state

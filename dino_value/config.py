@@ -1,0 +1,307 @@
+"""The typed configuration: YAML and `key=value`, unknown keys refused.
+
+Defaults are the method's published setting where it gives one, else DINO's (main_dino.py); others say why.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from dino_value.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """Where images and labels come from. `scenes` in place of a path is the embedded data set."""
+
+    unlabeled: str = MISSING  # a folder of images, nested or not
+    ade20k: str | None = None  # ADEChallengeData2016
+    nyuv2: str | None = None  # the folder of nyu_depth_v2_labeled.mat and splits.mat
+    workers: int = 2  # loader processes for the unlabeled stream
+    in_memory: bool = False  # decode once and crop on the device; for small sets of equally sized images
+    group_pattern: str | None = None  # regex on a label file's stem; images of one group never part train from meta
+
+
+@dataclass
+class ViewsConfig:
+    """Multi-crop and DINO augmentations; sizes in pixels."""
+
+    global_size: int = 224
+    local_size: int = 96
+    local_count: int = 6
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    jitter: float = 0.8  # probability
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale: float = 0.2
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # probability for the first, second global and the local views
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.2  # second global view only
+
+
+@dataclass
+class BackboneConfig:
+    name: str = "vit_base_patch16_224"  # any timm ViT
+    kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm
+    weights: str | None = None  # a local file
+    min_match: float = 0.9  # refuse weights that fill less of the model
+    attention: str = "sdpa"  # or math: plain matrix products, which bfloat16 CPUs run faster on short sequences
+
+
+@dataclass
+class ObjectiveConfig:
+    """DINO head, temperatures, centre (method section 3)."""
+
+    out_dim: int = 8192
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    student_temp: float = 0.1
+    teacher_temp: float = 0.04
+    teacher_temp_start: float = 0.04
+    teacher_temp_warmup: int = 0  # steps from start to teacher_temp
+    center_momentum: float = 0.9
+    teacher_momentum: float = 0.996  # cosine to 1
+    freeze_last_layer: int = 0  # steps
+
+
+@dataclass
+class OptimConfig:
+    batch_size: int = 256
+    lr: float = 4.15e-6  # ADE20K ViT-B, later text
+    lr_end: float = 0.0
+    warmup: int = 1000
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.04
+    clip: float = 1.0
+    freeze_backbone: int = 0  # steps: a fresh head warms up before it may move the backbone
+
+
+@dataclass
+class ScopeConfig:
+    blocks: int = 2  # the last k blocks and the final norm
+    patterns: list[str] = field(default_factory=list)  # regexes over the backbone's parameter names, in place of blocks
+
+
+@dataclass
+class ValueConfig:
+    period: int = 4  # r: designer updates every r learner steps
+    burn_in: int = 0  # steps of plain self-supervision first
+    warmup: int = 0  # designer-only updates when burn-in ends
+    batch_size: int = 32  # the meta unlabeled batch
+    direction: str = "dot"
+    engine: str = "finite_difference"
+    radius: float = 3e-2  # of the finite difference: ε = radius/‖u‖, within the range seen to be exact in float32
+    scope: ScopeConfig = field(default_factory=ScopeConfig)
+
+
+@dataclass
+class DesignerConfig:
+    name: str = "unet"
+    width: int = 16
+    depth: int = 3
+    stride: int = 1  # the mask is predicted at 1/stride of the resolution
+    lr: float = 1.54e-4
+    keep_ratio: float = 0.6
+    lambda_spars: float = 0.131
+    lambda_tv: float = 0.144
+    fill: str = "blur"
+    blur_sigma: float = 10.0  # pixels; the paper does not give it: enough to hide a 16-pixel patch
+    crops: str = "global"  # or all
+    teacher_views: str = "masked"  # or plain
+    through_teacher: bool = False  # does φ's gradient also flow through the teacher's targets
+
+
+@dataclass
+class TaskConfig:
+    weight: float = 1.0  # α
+    head: str = "linear"
+    train: int = 512  # images that fit the head
+    meta: int = 128  # other images, that give g_down
+
+
+@dataclass
+class FeedbackConfig:
+    seg: TaskConfig = field(default_factory=lambda: TaskConfig(train=2000, meta=512))
+    depth: TaskConfig = field(default_factory=lambda: TaskConfig(weight=8.0))
+    size: int = 224  # pixels, square
+    batch_size: int = 32  # head-train and meta batches, each
+    lr: float = 1e-3  # of the heads
+    updates: int = 1  # head updates before each g_down
+    warmup: int = 100  # head updates before the first g_down: a random head's gradient teaches nothing
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 1000
+    keep: int = 2
+
+
+@dataclass
+class Config:
+    out: str = MISSING
+    method: str = "value"  # or baseline, random: the only difference between arms
+    steps: int = 20_000
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"  # bf16 autocast where the device has it; or bf16, fp32
+    start_from: str | None = None  # a run folder or checkpoint whose teacher, head and centre begin this run
+    log_every: int = 10
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    value: ValueConfig = field(default_factory=ValueConfig)
+    designer: DesignerConfig = field(default_factory=DesignerConfig)
+    feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": ("value", "baseline", "random"),
+    "precision": ("auto", "bf16", "fp32"),
+    "backbone.attention": ("sdpa", "math"),
+    "value.direction": ("dot", "cosine", "random"),
+    "value.engine": ("finite_difference", "double_backward"),
+    "designer.name": ("unet", "sit"),
+    "designer.fill": ("blur", "mean", "noise"),
+    "designer.crops": ("global", "all"),
+    "designer.teacher_views": ("masked", "plain"),
+    "feedback.seg.head": ("linear", "conv"),
+    "feedback.depth.head": ("linear", "conv"),
+}
+_AT_LEAST = {
+    "steps": 1,
+    "log_every": 1,
+    "optim.batch_size": 2,
+    "value.period": 1,
+    "value.batch_size": 2,
+    "feedback.batch_size": 2,
+    "feedback.updates": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "views.local_count": 0,
+    "data.workers": 0,
+}
+
+
+def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """A YAML file, or the name of a packaged one (`rooms/cpu`), with `key=value` overrides, checked.
+
+    Raises:
+        UserError: no such file, bad YAML, an unknown key (the nearest valid one is named), a value of the wrong kind.
+    """
+    try:
+        loaded = OmegaConf.load(_find(source))
+        given = OmegaConf.from_dotlist(list(overrides))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
+    for part in overrides:
+        if "=" not in part:
+            raise UserError(f"override {part!r}: write key=value, for example steps=300")
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{source}: expected keys and values at the top level")
+    for part in (loaded, given):
+        _refuse_unknown(OmegaConf.to_container(part), Config, "")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {_one_line(error)}") from None
+    assert isinstance(config, Config)
+    return check(config)
+
+
+def check(config: Config) -> Config:
+    """Values that a type cannot rule out; returns `config`."""
+
+    def get(key: str) -> Any:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        return value
+
+    for key, choices in CHOICES.items():
+        if get(key) not in choices:
+            raise UserError(f"{key}={get(key)}: choose {', '.join(choices)}")
+    for key, least in _AT_LEAST.items():
+        if get(key) < least:
+            why = " (batch statistics and the loss's pairs need it)" if "batch" in key else ""
+            raise UserError(f"{key}={get(key)}: must be at least {least}{why}")
+    if not 0 < config.designer.keep_ratio < 1:
+        raise UserError(f"designer.keep_ratio={config.designer.keep_ratio}: must lie between 0 and 1")
+    if config.objective.teacher_temp >= config.objective.student_temp:
+        raise UserError(
+            f"objective.teacher_temp={config.objective.teacher_temp} is not below student_temp="
+            f"{config.objective.student_temp}: the teacher would not sharpen; DINO uses 0.04 and 0.1"
+        )
+    if config.method != "baseline" and not (config.data.ade20k or config.data.nyuv2):
+        raise UserError(f"method={config.method} needs labels: give data.ade20k=PATH and/or data.nyuv2=PATH")
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """The resolved configuration as YAML, complete or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    os.replace(temporary, path)
+
+
+def _find(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    packaged = Path(str(resources.files("dino_value"))).parent / "configs"
+    try:
+        packaged = Path(str(resources.files("dino_value.configs")))
+    except ModuleNotFoundError:
+        pass
+    for candidate in (packaged / path, packaged / f"{path}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(str(file.relative_to(packaged).with_suffix("")) for file in packaged.rglob("*.yaml"))
+    raise UserError(f"{source}: no such configuration file; packaged ones: {', '.join(known)}")
+
+
+def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
+    if not isinstance(given, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected a section of keys and values, got {given!r}")
+    sections = {item.name: item for item in fields(schema)}
+    for key, value in given.items():
+        if key not in sections:
+            known = _all_keys(Config, "")
+            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)
+            raise UserError(f"unknown configuration key {prefix}{key}; did you mean {near[0]}?")
+        factory: Any = sections[key].default_factory
+        inner = type(factory()) if callable(factory) else None
+        if inner is not None and is_dataclass(inner):
+            _refuse_unknown(value, inner, f"{prefix}{key}.")
+
+
+def _all_keys(schema: type, prefix: str) -> list[str]:
+    keys: list[str] = []
+    for item in fields(schema):
+        factory: Any = item.default_factory
+        inner = type(factory()) if callable(factory) else None
+        if inner is not None and is_dataclass(inner):
+            keys += _all_keys(inner, f"{prefix}{item.name}.")
+        else:
+            keys.append(f"{prefix}{item.name}")
+    return keys
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,0 +1,158 @@
+"""Folders of images: read one file, list a folder, and the class-per-folder layout of ImageNet."""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dino_value.data.labelled import Kind, Split, file_groups
+from dino_value.errors import UserError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+# What PIL's decoders raise on damaged files, as seen: not only OSError.
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
+
+
+def list_images(root: str | Path) -> list[Path]:
+    """Every image under `root`, nested folders included (links to folders are followed), sorted by relative path.
+
+    Raises:
+        UserError: no such folder, or no image in it.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of images")
+    found = [
+        Path(folder, file)
+        for folder, _, files in os.walk(root, followlinks=True)
+        for file in files
+        if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+    ]
+    if not found:
+        raise UserError(f"{root}: no images in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
+    # By posix path: the same order on every file system.
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def read_image(path: str | Path) -> Tensor:
+    """One image file as uint8 [3 H W] RGB, upright by its EXIF tag.
+
+    Greyscale, palette and CMYK are converted, an alpha channel is dropped, 16-bit greyscale is scaled to 8.
+
+    Raises:
+        UserError: naming the file when it cannot be opened or decoded.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")  # damaged EXIF, palettes with transparency: the pixels are still good
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # I;16 of 16-bit PNG and TIFF; I is what older decoders make of it
+                grey = np.asarray(upright, dtype=np.int64)
+                upright = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
+            elif upright.mode in ("P", "LA", "PA"):
+                upright = upright.convert("RGBA")
+            pixels = np.array(upright.convert("RGB"))
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{path}: cannot be read as an image ({_one_line(error)}); replace or remove it") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_labels(path: str | Path) -> Tensor:
+    """One label map as int64 [H W]: a single-channel image whose values are ids (of a palette image, the indices).
+
+    Raises:
+        UserError: naming the file when it cannot be decoded or has several channels.
+    """
+    try:
+        with Image.open(path) as image:
+            ids = np.array(image)
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{path}: cannot be read as a label map ({_one_line(error)})") from None
+    if ids.ndim != 2:
+        raise UserError(f"{path}: a label map has one channel of class ids, this image has {ids.shape[-1]}")
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class ImageFolder:
+    """One sub-folder a class: the layout of ImageNet.
+
+    Args:
+        root: holds one folder of images per class (images may be nested in it).
+        classes: the class names in label order; by default the sub-folders, sorted. A validation split is given those of
+            training, so that a class it lacks does not shift the labels.
+        group_pattern, neighbours: see `labelled.file_groups`.
+
+    Raises:
+        UserError: no folder, no class, an empty class, or a folder outside `classes`.
+    """
+
+    kind: Kind = "classes"
+
+    def __init__(
+        self,
+        root: str | Path,
+        classes: Sequence[str] | None = None,
+        group_pattern: str | None = None,
+        neighbours: int = 1,
+    ) -> None:
+        self.root = Path(root)
+        folders = class_folders(self.root)
+        self.class_names = list(folders if classes is None else classes)
+        self.num_classes = len(self.class_names)
+        unknown = sorted(set(folders) - set(self.class_names))
+        if unknown:
+            raise UserError(f"{self.root / unknown[0]}: not one of the {self.num_classes} classes of the training split")
+        labels = {name: label for label, name in enumerate(self.class_names)}
+        self._items = [(path, labels[name]) for name in folders for path in list_images(self.root / name)]
+        self._groups = file_groups([path for path, _ in self._items], group_pattern, neighbours)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        path, label = self._items[index]
+        return read_image(path), torch.tensor(label)
+
+    def name(self, index: int) -> str:
+        return str(self._items[index][0])
+
+    def group(self, index: int) -> str:
+        return self._groups[index]
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the class folders of `root`, sorted.
+
+    Raises:
+        UserError: no such folder, or no folder in it.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of classes")
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not names:
+        raise UserError(f"{root}: no class folders in it; expected one sub-folder of images per class")
+    return names
+
+
+def open_imagefolder(
+    root: str | Path, split: Split, group_pattern: str | None = None, neighbours: int = 1
+) -> ImageFolder:
+    """The train/ or val/ half of an ImageNet-like root; both use the classes of train/."""
+    root = Path(root)
+    folder = root / ("train" if split == "training" else "val")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; the data set root must hold train/ and val/")
+    return ImageFolder(folder, class_folders(root / "train"), group_pattern, neighbours)

@@ -1,0 +1,277 @@
+"""Labelled images: the protocol that every data set meets, and what is built on it.
+
+Whatever is read here is a pure function of (index, seed): no loader holds a random state, so a run that stops and goes
+on reads the same data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dino_value.errors import UserError
+
+Kind = Literal["seg", "depth", "classes"]
+Layout = Literal["ade20k", "nyuv2", "imagefolder"]
+Split = Literal["training", "validation"]
+
+IGNORE = 255
+"""Label of pixels without a class; the same number as in the heads."""
+
+
+class LabelledSource(Protocol):
+    """Images with targets, at their own resolution.
+
+    Targets by kind: `seg` int64 [H W] with 255 = ignore, `depth` float32 [H W] metres with 0 = unknown, `classes` int64 [].
+    """
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def num_classes(self) -> int:
+        """0 for depth."""
+        ...
+
+    @property
+    def class_names(self) -> list[str]: ...
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image uint8 [3 H W] and its target."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What error messages call this item: its file."""
+        ...
+
+    def group(self, index: int) -> str:
+        """What must stay on one side when a set is cut in two: views of one room share a group."""
+        ...
+
+
+class LabelledTensors:
+    """A source held in memory.
+
+    Args:
+        kind: what the targets are.
+        images: uint8 [n 3 H W].
+        targets: [n H W] or [n], of the kind's type.
+        class_names: empty for depth.
+        groups: one a sample; by default every sample stands alone.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        images: Tensor,
+        targets: Tensor,
+        class_names: Sequence[str] = (),
+        groups: Sequence[str] | None = None,
+    ) -> None:
+        if len(images) != len(targets) or (groups is not None and len(groups) != len(images)):
+            raise ValueError(f"{len(images)} images, {len(targets)} targets and their groups do not pair up")
+        self.kind = kind
+        self.images, self.targets, self.groups = images, targets, groups
+        self.class_names = list(class_names)
+        self.num_classes = len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.targets[index]
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
+
+    def group(self, index: int) -> str:
+        return str(index) if self.groups is None else self.groups[index]
+
+
+class LabelledDataset:
+    """Some items of a source, brought to one size.
+
+    Images are resampled bilinearly with antialiasing, targets by nearest neighbour (labels and depths must not be
+    blended). Dense kinds are stretched to `size`; for `classes` the image covers `size` and is cropped at the centre.
+
+    Args:
+        source: where items come from.
+        indices: which, in this order; all by default.
+        size: (height, width) in pixels.
+        flip: mirror left to right with probability 1/2, decided by (index, seed) alone.
+        resize_targets: False keeps targets at their own resolution, as metrics want them.
+    """
+
+    def __init__(
+        self,
+        source: LabelledSource,
+        indices: Sequence[int] | None = None,
+        *,
+        size: tuple[int, int],
+        flip: bool = False,
+        resize_targets: bool = True,
+    ) -> None:
+        self.source = source
+        self.indices = range(len(source)) if indices is None else indices
+        self.size, self.flip, self.resize_targets = size, flip, resize_targets
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Item `position` as `seed` draws it, key = (position, seed): image uint8 [3 h w] and target."""
+        position, seed = key
+        index = self.indices[position]
+        image, target = self.source.load(index)
+        dense = self.source.kind != "classes"
+        image = resize_image(image, self.size) if dense else cover_image(image, self.size)
+        if dense and self.resize_targets:
+            target = resize_target(target, self.size)
+        if self.flip and _coin(index, seed):
+            image = image.flip(-1)
+            target = target.flip(-1) if dense else target
+        return image, target
+
+    def batch(self, positions: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B 3 h w] and targets [B …] at these positions, drawn with `seed`."""
+        images, targets = zip(*(self[position, seed] for position in positions), strict=True)
+        return torch.stack(images), torch.stack(targets)
+
+
+def _coin(index: int, seed: int) -> bool:
+    """A fair coin, the same for the same (index, seed) on every machine."""
+    mixed = (index * 0x9E3779B97F4A7C15 + seed * 0xD1B54A32D192ED03 + 1) & 0xFFFFFFFFFFFFFFFF  # splitmix64's finaliser
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return bool((mixed >> 63) & 1)
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Image uint8 [3 H W] stretched to `size`, bilinear with antialiasing."""
+    if image.shape[-2:] == size:
+        return image
+    # In float32 and rounded once: the uint8 kernel differs between CPU instruction sets.
+    resized = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return resized[0].round_().clamp_(0, 255).to(torch.uint8)
+
+
+def cover_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Image uint8 [3 H W] scaled to cover `size` with its aspect kept, and cropped at the centre."""
+    (height, width), (rows, columns) = image.shape[-2:], size
+    scale = max(rows / height, columns / width)
+    image = resize_image(image, (max(rows, round(height * scale)), max(columns, round(width * scale))))
+    top, left = (image.shape[-2] - rows) // 2, (image.shape[-1] - columns) // 2
+    return image[..., top : top + rows, left : left + columns]
+
+
+def resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
+    """Label or depth map [H W] brought to `size` by nearest neighbour, type kept."""
+    if target.shape == size:
+        return target
+    # float32 holds every label exactly; interpolate has no integer kernel.
+    return F.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(target.dtype)
+
+
+def split_by_group(source: LabelledSource, counts: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """Disjoint lists of indices, `counts[k]` long, such that no group has items in two of them.
+
+    Groups are shuffled by `seed` and dealt in turn; what is left of a list's last group is used by nobody.
+
+    Raises:
+        UserError: the groups do not suffice.
+    """
+    members: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        members.setdefault(source.group(index), []).append(index)
+    names = sorted(members)
+    order = iter(torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist())
+    parts: list[list[int]] = []
+    for count in counts:
+        part: list[int] = []
+        while len(part) < count:
+            choice = next(order, None)
+            if choice is None:
+                raise UserError(
+                    f"cannot cut {' + '.join(map(str, counts))} labelled samples, no group on two sides, out of "
+                    f"{len(source)} in {len(names)} groups: lower the counts, or give more data"
+                )
+            part += members[names[choice]]
+        parts.append(part[:count])
+    return parts
+
+
+def file_groups(paths: Sequence[Path], pattern: str | None = None, neighbours: int = 1) -> list[str]:
+    """The group of each file, from its name or from its place in the list.
+
+    Args:
+        paths: in the source's order.
+        pattern: a regular expression searched for in the stem; its first bracket (or all it matches) is the group.
+        neighbours: this many consecutive files form a group; excludes `pattern`.
+
+    Raises:
+        UserError: a bad pattern, one that a file does not match, or both ways asked for.
+    """
+    if neighbours < 1 or (pattern is not None and neighbours > 1):
+        raise UserError(f"give either group_pattern or neighbours ≥ 1 (got {pattern!r} and {neighbours})")
+    if pattern is None:
+        return index_groups(len(paths), neighbours) if neighbours > 1 else [path.stem for path in paths]
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"group_pattern {pattern!r} is not a regular expression: {error}") from None
+    groups = []
+    for path in paths:
+        found = compiled.search(path.stem)
+        if found is None:
+            raise UserError(f"{path}: group_pattern {pattern!r} does not match this name")
+        groups.append(found[1] if compiled.groups else found[0])
+    return groups
+
+
+def index_groups(count: int, neighbours: int = 1) -> list[str]:
+    """Groups of `neighbours` consecutive items."""
+    return [str(index // neighbours) for index in range(count)]
+
+
+def open_labelled(
+    layout: Layout,
+    path: str | Path,
+    split: Split = "training",
+    *,
+    group_pattern: str | None = None,
+    neighbours: int = 1,
+) -> LabelledSource:
+    """Open one split of a labelled data set.
+
+    Args:
+        layout: how the files lie.
+        path: the root of the data set (ADEChallengeData2016, the folder of nyu_depth_v2_labeled.mat, or a folder with
+            train/ and val/), or "scenes" for the embedded set.
+        split: `training` or `validation`.
+        group_pattern, neighbours: see `file_groups`.
+
+    Raises:
+        UserError: no such data, or data that does not follow the layout.
+    """
+    if layout not in get_args(Layout):
+        raise UserError(f"unknown labelled layout {layout!r}; choose one of {', '.join(get_args(Layout))}")
+    if split not in get_args(Split):
+        raise UserError(f"unknown split {split!r}; choose training or validation")
+    # Imported here because the readers build on this module.
+    from dino_value.data import ade20k, folders, nyuv2, scenes
+
+    if str(path) == "scenes":
+        return scenes.labelled(layout, split)
+    if layout == "ade20k":
+        return ade20k.ADE20K(path, split, group_pattern, neighbours)
+    if layout == "nyuv2":
+        return nyuv2.NYUv2(path, split, neighbours)
+    return folders.open_imagefolder(path, split, group_pattern, neighbours)

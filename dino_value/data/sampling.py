@@ -1,0 +1,87 @@
+"""Batches as a pure function of (seed, stream, step).
+
+No generator state has to be saved: the batch of step t, its order and its augmentation follow from three numbers,
+whatever the number of workers, and a stopped run goes on by asking for step t.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino_value.errors import UserError
+
+
+def key(seed: int, *parts: int | str) -> int:
+    """A 63-bit seed from a run's seed and the names and numbers of what is being drawn."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
+    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(seed: int, *parts: int | str) -> torch.Generator:
+    """A CPU generator for one draw: the same on every device."""
+    return torch.Generator().manual_seed(key(seed, *parts))
+
+
+class Source(Protocol):
+    """Items drawn by position; whatever is random about them follows from `key`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, ...]: ...
+
+
+class Stream:
+    """An endless, shuffled, resumable stream of batches; each pass visits every item once (the remainder is dropped).
+
+    Raises:
+        UserError: fewer items than a batch.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0) -> None:
+        if len(source) < batch_size:
+            raise UserError(f"{name}: {len(source)} images are fewer than a batch of {batch_size}; lower the batch size")
+        self.source, self.batch_size, self.seed, self.name, self.workers = source, batch_size, seed, name, workers
+        self.per_epoch = len(source) // batch_size
+
+    def indices(self, step: int) -> Tensor:
+        """Which items make batch `step`, [batch_size]."""
+        epoch, position = divmod(step, self.per_epoch)
+        order = torch.randperm(len(self.source), generator=generator(self.seed, self.name, epoch))
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Batch `step`, made here and now."""
+        return self.source.batch(self.indices(step).tolist(), key(self.seed, self.name, "batch", step))
+
+    def iterate(self, start: int, stop: int) -> Iterator[tuple[Tensor, ...]]:
+        """Batches start … stop − 1, prepared ahead by `workers` processes where there are any."""
+        if self.workers == 0 or start >= stop:
+            yield from (self.batch(step) for step in range(start, stop))
+            return
+        loader = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            prefetch_factor=4,
+            # A fork copies locks and threads of the parent in whatever state they are in.
+            multiprocessing_context="forkserver",
+        )
+        yield from loader
+
+
+class _Steps(Dataset[tuple[Tensor, ...]]):
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        torch.set_num_threads(1)
+        return self.stream.batch(step)

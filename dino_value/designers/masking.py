@@ -1,0 +1,46 @@
+"""From a soft mask to a learned view, and what keeps the mask honest (method section 3)."""
+
+from __future__ import annotations
+
+import torch
+from kornia.filters import gaussian_blur2d
+from torch import Tensor
+
+
+def fill_in(views: Tensor, kind: str, blur_sigma: float, generator: torch.Generator | None = None) -> Tensor:
+    """What shows where the mask hides: the view blurred, its mean colour, or noise of its mean and spread.
+
+    Args:
+        views: [n 3 H W].
+        blur_sigma: pixels.
+        generator: draws the noise (a CPU generator, so that every device sees the same).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "blur":
+        radius = int(3 * blur_sigma + 0.5)
+        radius = min(radius, min(views.shape[-2:]) - 1)  # reflection padding cannot exceed the image
+        return gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), (blur_sigma, blur_sigma))
+    mean = views.mean((-2, -1), keepdim=True)
+    if kind == "mean":
+        return mean.expand_as(views)
+    if kind == "noise":
+        noise = torch.randn(views.shape, generator=generator).to(views.device, views.dtype)
+        return mean + views.std((-2, -1), keepdim=True) * noise
+    raise ValueError(f"fill {kind!r}: choose blur, mean or noise")
+
+
+def learned_views(views: Tensor, masks: Tensor, fill: Tensor) -> Tensor:
+    """ṽ = μ⊙v + (1−μ)⊙fill, with masks [n 1 H W] (later text, eq. 50)."""
+    return torch.lerp(fill, views, masks.expand_as(views))
+
+
+def sparsity(masks: Tensor, keep_ratio: float) -> Tensor:
+    """Mean squared distance of each image's kept share from `keep_ratio`."""
+    return (masks.mean((-3, -2, -1)) - keep_ratio).square().mean()
+
+
+def total_variation(masks: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring mask values, both axes."""
+    return masks.diff(dim=-1).abs().mean() + masks.diff(dim=-2).abs().mean()

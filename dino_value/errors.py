@@ -1,0 +1,13 @@
+"""What the command line turns into one line and an exit code."""
+
+EXIT_DONE = 0
+EXIT_USER = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what was wrong, where, and what to do."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved everything it needs to go on."""

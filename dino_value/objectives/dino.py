@@ -1,0 +1,64 @@
+"""DINO: self-distillation with no labels (Caron et al., 2021, arXiv 2104.14294): head, targets, loss, centre."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DINOHead(nn.Module):
+    """Three-layer MLP, ℓ2 bottleneck, and a last layer of unit-norm prototypes (appendix C).
+
+    The published head holds the last layer as weight norm with its gain frozen at one; normalising the rows at use
+    is the same function with the same gradient.
+    """
+
+    def __init__(self, dim: int, out_dim: int = 8192, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear) and layer is not self.last_layer:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """[n D] -> logits [n K]."""
+        bottleneck = F.normalize(self.mlp(cls), dim=-1)
+        return F.linear(bottleneck, F.normalize(self.last_layer.weight, dim=-1))
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy of the student to the centred, sharpened teacher over pairs of different views (eq. 3)."""
+
+    center: Tensor
+
+    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+        super().__init__()
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def targets(self, teacher_logits: Tensor, temperature: float) -> Tensor:
+        """Teacher logits [2 B K] to probabilities [2 B K], with the centre of the steps before."""
+        return F.softmax((teacher_logits.float() - self.center) / temperature, dim=-1)
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """Student logits [V B K], whose first two views are the teacher's, and targets [2 B K], to a scalar."""
+        log_probabilities = F.log_softmax(student_logits / self.student_temp, dim=-1)
+        views, images, _ = student_logits.shape
+        pairs = -torch.einsum("tbk,vbk->tv", targets, log_probabilities) / images
+        # A view is never matched with itself.
+        same = torch.eye(targets.shape[0], views, dtype=torch.bool, device=pairs.device)
+        return pairs.masked_fill(same, 0).sum() / (targets.shape[0] * (views - 1))
+
+    @torch.no_grad()
+    def update_center(self, teacher_logits: Tensor) -> None:
+        """EMA of the teacher's mean logits [2 B K] (eq. 4); after the loss that used the old one."""
+        self.center.lerp_(teacher_logits.float().flatten(0, -2).mean(0, keepdim=True), 1 - self.center_momentum)

@@ -1,0 +1,487 @@
+"""The report's pictures, as PNG bytes: results by seed, training curves, masks over images, PCA of patch
+features.
+
+One colour, marker and line style an arm, everywhere; the colours are those of Okabe and Ito, told apart by
+colour-blind readers. Drawn on matplotlib's Agg canvas without pyplot: no display is needed and no global
+state is touched.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure as MplFigure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from dino_value.errors import UserError
+from dino_value.report.statistics import (
+    Metric,
+    Results,
+    arm_label,
+    arms_of,
+    metric_of,
+    metrics_of,
+    order_arms,
+)
+
+Array = NDArray[np.float64]
+Images = NDArray[np.uint8]
+
+DPI = 160
+INK, FAINT, PAPER = "#222222", "#d9d9d9", "#ffffff"
+MASK_COLOURS = "viridis"
+
+
+@dataclass(frozen=True)
+class ArmStyle:
+    colour: str
+    marker: str
+    line: str
+
+
+_STYLES = {
+    "step0": ArmStyle("#6b6b6b", "D", ":"),
+    "baseline": ArmStyle("#0072b2", "o", "-"),
+    "random": ArmStyle("#009e73", "^", "--"),
+    "value": ArmStyle("#d55e00", "s", "-"),
+}
+_SPARE_STYLES = [
+    ArmStyle("#cc79a7", "v", "-."),
+    ArmStyle("#56b4e9", "P", "--"),
+    ArmStyle("#e69f00", "X", "-."),
+    ArmStyle("#000000", "*", ":"),
+]
+
+
+def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
+    """A style for each arm: the standard arms always look the same, others take the spare styles in turn."""
+    spare = itertools.cycle(_SPARE_STYLES)
+    return {arm: _STYLES[arm] if arm in _STYLES else next(spare) for arm in arms}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture. ``name`` becomes its file's name, ``alt`` says in words what it shows."""
+
+    name: str
+    png: bytes
+    alt: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels under one title and caption, side by side on a wide page and stacked on a narrow one."""
+
+    name: str
+    title: str
+    caption: str
+    panels: Sequence[Panel]
+
+
+# --- results ------------------------------------------------------------------------------------------------
+
+
+def results_figure(results: Results) -> Figure:
+    """A panel a metric: one dot a seed, a line joining each seed across the arms, a bar at an arm's mean."""
+    arms = arms_of(results)
+    panels = [
+        Panel(
+            key,
+            _results_png(metric_of(key), {a: row[key] for a, row in arms.items() if key in row}),
+            _results_alt(key, arms),
+        )
+        for key in metrics_of(arms)
+    ]
+    caption = (
+        "One dot is one seed; a thin line joins the same seed across the arms; the bar is the arm's mean. "
+        "The axes do not start at zero."
+    )
+    return Figure("results", "Results by seed", caption, panels)
+
+
+def _results_alt(key: str, arms: Mapping[str, Mapping[str, Array]]) -> str:
+    metric = metric_of(key)
+    rows = [
+        f"{arm_label(arm)} {', '.join(metric.show(v) for v in row[key])}"
+        for arm, row in arms.items()
+        if key in row
+    ]
+    return f"{metric.heading[:-2]} by seed ({metric.preference}): {'; '.join(rows)}."
+
+
+def _results_png(metric: Metric, rows: Mapping[str, Array]) -> bytes:
+    figure, axes = _axes(4.4, 3.3)
+    values = np.stack(list(rows.values())) * metric.scale  # [arms, seeds]
+    # Seeds are spread a little to the sides, so that dots of equal height stay apart.
+    offsets = np.linspace(-0.12, 0.12, values.shape[1]) if values.shape[1] > 1 else np.zeros(1)
+    at = np.arange(len(rows))[:, None] + offsets
+    axes.plot(at, values, color="#9a9a9a", linewidth=0.8, alpha=0.6, zorder=1)
+    for i, style in enumerate(arm_styles(list(rows)).values()):
+        finite = values[i][np.isfinite(values[i])]
+        if finite.size:
+            axes.hlines(finite.mean(), i - 0.3, i + 0.3, color=style.colour, linewidth=2.6, zorder=2)
+        axes.scatter(
+            at[i],
+            values[i],
+            s=38,
+            color=style.colour,
+            marker=style.marker,
+            edgecolors=PAPER,
+            linewidths=0.7,
+            zorder=3,
+        )
+    axes.set_xticks(range(len(rows)), [arm_label(a) for a in rows])
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.set_title(f"{metric.heading}   ({metric.preference})", loc="left", fontsize=11.5)
+    axes.grid(axis="x", visible=False)
+    return _png(figure)
+
+
+# --- curves -------------------------------------------------------------------------------------------------
+
+_CURVES = {
+    "loss": "Self-supervised loss",
+    "value": "Value V = ⟨g_down, g_pre⟩",
+    "cosine": "Alignment: cosine of g_down and g_pre",
+    "mask_mean": "Mask mean (share of a view kept)",
+    "g_down_norm": "Norm of g_down",
+    "g_pre_norm": "Norm of g_pre",
+    "loss_seg": "Segmentation head's loss",
+    "loss_depth": "Depth head's loss",
+    "teacher_entropy": "Teacher's entropy (nats)",
+    "images_per_second": "Images per second",
+}
+_SIGNED = ("value", "cosine")  # a line at zero tells helping from hurting
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of ``run/metrics.jsonl``, less a last line cut short by a kill.
+
+    Raises UserError naming the file and line when it cannot be read.
+    """
+    path = Path(run) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; a run folder made by `dino-value train` has it"
+        ) from error
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON; delete the line or run again") from error
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int | float):
+            raise UserError(f'{path}, line {number}: expected an object with a number under "step"')
+        records.append(record)
+    return records
+
+
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[Array, Array]:
+    """Ascending steps [t] and values [t] where ``key`` is a finite number; the last of a repeated step."""
+    points = {
+        float(r["step"]): float(r[key])
+        for r in records
+        if isinstance(r.get(key), int | float) and math.isfinite(r[key])
+    }
+    steps = np.array(sorted(points), dtype=np.float64)
+    return steps, np.array([points[s] for s in steps], dtype=np.float64)
+
+
+def running_mean(values: Array, window: int) -> Array:
+    """Centred mean over ``window`` values; at the ends, over those that exist."""
+    ones = np.ones(window)
+    counts = np.convolve(np.ones_like(values), ones, mode="full")
+    sums = np.convolve(values, ones, mode="full")
+    start = (window - 1) // 2
+    return (sums / counts)[start : start + values.size]
+
+
+def over_seeds(curves: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Curves (steps, values) on the steps [t] that all of them span: values [seeds t], interpolated."""
+    grid = np.unique(np.concatenate([steps for steps, _ in curves]))
+    first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    grid = grid[(grid >= first) & (grid <= last)]
+    return grid, np.stack([np.interp(grid, steps, values) for steps, values in curves])
+
+
+def curves_figure(
+    runs: Mapping[str, Sequence[Path]],
+    keys: Sequence[str] = ("loss", "value", "cosine", "mask_mean"),
+    *,
+    name: str = "curves",
+    title: str = "Training curves",
+) -> Figure:
+    """A panel for each of ``keys`` that some run has logged; ``runs``: arm -> run folders, one a seed."""
+    order = order_arms(runs)
+    records = {arm: [read_metrics(run) for run in runs[arm]] for arm in order}
+    panels = []
+    for key in keys:
+        curves = {arm: [c for c in (series(r, key) for r in records[arm]) if c[0].size] for arm in order}
+        curves = {arm: found for arm, found in curves.items() if found}
+        if curves:
+            heading = _CURVES.get(key, key.replace("_", " "))
+            panels.append(
+                Panel(key, _curves_png(heading, curves, signed=key in _SIGNED), _curves_alt(heading, curves))
+            )
+    seeds = max((len(found) for found in records.values()), default=0)
+    spread = (
+        "the band reaches from the lowest to the highest seed"
+        if seeds > 1
+        else "one seed, so no spread is shown"
+    )
+    return Figure(name, title, f"Running means over learner steps; {spread}.", panels)
+
+
+def _curves_alt(heading: str, curves: Mapping[str, Sequence[tuple[Array, Array]]]) -> str:
+    told = []
+    for arm, found in curves.items():
+        first = np.mean([running_mean(v, _window(v.size))[0] for _, v in found])
+        last = np.mean([running_mean(v, _window(v.size))[-1] for _, v in found])
+        told.append(f"{arm_label(arm)} from {first:.3g} to {last:.3g}")
+    return f"{heading} over learner steps: {'; '.join(told)}."
+
+
+def _window(points: int) -> int:
+    return max(1, points // 20)
+
+
+def _curves_png(heading: str, curves: Mapping[str, Sequence[tuple[Array, Array]]], *, signed: bool) -> bytes:
+    figure, axes = _axes(4.4, 3.3)
+    if signed:
+        axes.axhline(0, color=INK, linewidth=0.8)
+    for (arm, found), style in zip(curves.items(), arm_styles(list(curves)).values(), strict=True):
+        steps, values = over_seeds([(s, running_mean(v, _window(v.size))) for s, v in found])
+        if not steps.size:
+            continue
+        marker = style.marker if steps.size == 1 else None
+        axes.plot(
+            steps,
+            values.mean(0),
+            color=style.colour,
+            linestyle=style.line,
+            linewidth=2,
+            marker=marker,
+            label=arm_label(arm),
+        )
+        if len(found) > 1:
+            axes.fill_between(
+                steps, values.min(0), values.max(0), color=style.colour, alpha=0.16, linewidth=0
+            )
+    axes.set_title(heading, loc="left", fontsize=11.5)
+    axes.set_xlabel("learner step", fontsize=10)
+    axes.margins(x=0.02)
+    axes.legend(
+        frameon=False,
+        fontsize=9.5,
+        ncols=len(curves),
+        loc="upper left",
+        bbox_to_anchor=(-0.02, -0.2),
+        handlelength=2.4,
+    )
+    return _png(figure)
+
+
+# --- images -------------------------------------------------------------------------------------------------
+
+
+def denormalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> Images:
+    """Views [n 3 h w] normalised with a backbone's ``mean`` and ``std`` [3], back to uint8 [n 3 h w]."""
+    scale = np.asarray(std, dtype=np.float64).reshape(1, 3, 1, 1)
+    shift = np.asarray(mean, dtype=np.float64).reshape(1, 3, 1, 1)
+    return ((np.asarray(images, dtype=np.float64) * scale + shift).clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def masks_figure(images: ArrayLike, masks: Mapping[str, ArrayLike], views: Mapping[str, ArrayLike]) -> Figure:
+    """A panel an arm that designs views: image, soft mask drawn over it, learned view; a row an image.
+
+    ``images``: uint8 [n 3 h w]. ``masks``: arm -> [n h w] or [n 1 h w] in [0, 1], 1 = kept.
+    ``views``: arm -> uint8 [n 3 h w]. Raises ValueError when the shapes do not fit.
+    """
+    originals = _images("images", images)
+    panels = []
+    for arm in order_arms(masks):
+        mask = np.asarray(masks[arm], dtype=np.float64)
+        mask = mask[:, 0] if mask.ndim == 4 else mask
+        view = _images(f"views of {arm!r}", views[arm])
+        if mask.shape != originals.shape[:3] or view.shape != originals.shape:
+            raise ValueError(
+                f"{arm}: masks {mask.shape} and views {view.shape} do not fit images {originals.shape}"
+            )
+        kept = ", ".join(f"{m:.0%}" for m in mask.mean(axis=(1, 2)))
+        alt = f"{len(originals)} images, {arm_label(arm)}'s soft masks, learned views. Mask means: {kept}."
+        panels.append(Panel(arm, _masks_png(arm, originals, mask, view), alt))
+    caption = (
+        "Left: the image; middle: the soft mask over it (bright: kept, dark: hidden) with its mean; "
+        "right: the view that the student is given."
+    )
+    return Figure("masks", "What the student sees", caption, panels)
+
+
+def _masks_png(arm: str, images: Images, masks: Array, views: Images) -> bytes:
+    rows = len(images)
+    figure, cells = _cells(rows, ["image", "mask", "learned view"], above=0.52, below=0.42)
+    shade = colormaps[MASK_COLOURS]
+    for row, (image, mask, view) in enumerate(zip(images, masks, views, strict=True)):
+        grey = image.mean(axis=-1, keepdims=True) / 255
+        cells[row][0].imshow(image)
+        cells[row][1].imshow((0.35 * grey + 0.65 * shade(mask)[..., :3]).clip(0, 1))
+        cells[row][1].text(
+            0.03, 0.03, f"{mask.mean():.0%}", transform=cells[row][1].transAxes, fontsize=9, color=INK,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+        )  # fmt: skip
+        cells[row][2].imshow(view)
+    height = figure.get_figheight()
+    bar = figure.add_axes((0.36, 0.26 / height, 0.28, 0.1 / height))
+    figure.colorbar(ScalarMappable(cmap=shade), cax=bar, orientation="horizontal", ticks=[0, 1])
+    bar.set_xticks([0, 1], ["0 hidden", "1 kept"], fontsize=9)
+    bar.tick_params(length=0, pad=2)
+    figure.text(
+        0.01,
+        1 - 0.02 / height,
+        arm_label(arm),
+        fontsize=12,
+        weight="bold",
+        va="top",
+        color=_style(arm).colour,
+    )
+    return _png(figure)
+
+
+def pca_rgb(features: ArrayLike, reference: ArrayLike | None = None) -> Array:
+    """First three principal components of patch features [n h w d] as colours [n h w 3] in [0, 1].
+
+    One basis for all n images of a backbone. Signs are fixed by the data, not by the solver: each component's
+    third moment is positive. With ``reference``, another backbone's colours [n h w 3] of the same images, the
+    components are reordered and flipped to correlate with it as well as they can, so that like parts get like
+    colours; nothing else changes.
+    """
+    data = np.asarray(features, dtype=np.float64)
+    if data.ndim != 4:
+        raise ValueError(f"features must be [n h w d], found shape {data.shape}")
+    flat = data.reshape(-1, data.shape[-1])
+    flat = flat - flat.mean(axis=0)
+    _, _, basis = np.linalg.svd(flat, full_matrices=False)
+    parts = np.zeros((flat.shape[0], 3))  # fewer than three dimensions leave the rest grey
+    parts[:, : min(3, len(basis))] = flat @ basis[:3].T
+    parts *= np.where((parts**3).sum(axis=0) < 0, -1.0, 1.0)
+    if reference is not None:
+        parts = _match(parts, np.asarray(reference, dtype=np.float64).reshape(-1, 3))
+    # Percentiles, not extremes: one odd patch must not wash out all others.
+    low, high = np.percentile(parts, [1, 99], axis=0)
+    flatness = high - low <= 1e-9 * max(1.0, float(np.abs(flat).max()))
+    scaled = np.where(flatness, 0.5, (parts - low) / np.where(flatness, 1.0, high - low))
+    colours: Array = scaled.clip(0, 1).reshape(*data.shape[:-1], 3)
+    return colours
+
+
+def _match(parts: Array, reference: Array) -> Array:
+    """Columns of ``parts`` [m 3], reordered and flipped to correlate most with ``reference`` [m 3]."""
+    a, b = parts - parts.mean(axis=0), reference - reference.mean(axis=0)
+    norms = np.linalg.norm(a, axis=0)[:, None] * np.linalg.norm(b, axis=0)
+    correlation = np.divide(a.T @ b, norms, out=np.zeros((3, 3)), where=norms > 0)
+    best = max(
+        itertools.permutations(range(3)),
+        key=lambda order: sum(abs(correlation[order[j], j]) for j in range(3)),
+    )
+    signs = np.array([-1.0 if correlation[best[j], j] < 0 else 1.0 for j in range(3)])
+    matched: Array = parts[:, list(best)] * signs
+    return matched
+
+
+def pca_figure(images: ArrayLike, features: Mapping[str, ArrayLike]) -> Figure:
+    """The first three principal components of each arm's patch features as colours, next to the image.
+
+    ``images``: uint8 [n 3 H W]; ``features``: arm -> [n h w d] of the same images, step 0 among them.
+    """
+    originals = _images("images", images)
+    order = order_arms(features)
+    colours: dict[str, Array] = {}
+    for arm in order:
+        colours[arm] = pca_rgb(features[arm], reference=colours.get(order[0]))
+    figure, cells = _cells(len(originals), ["image", *map(arm_label, order)], above=0.3, below=0.02)
+    for row, image in enumerate(originals):
+        cells[row][0].imshow(image)
+        for column, arm in enumerate(order, 1):
+            cells[row][column].imshow(colours[arm][row], interpolation="nearest")
+    for column, arm in enumerate(order, 1):
+        cells[0][column].set_title(
+            arm_label(arm), fontsize=11, pad=4, color=_style(arm).colour, weight="bold"
+        )
+    arms = ", ".join(map(arm_label, order))
+    alt = f"{len(originals)} images, and for each the PCA colours of the patch features of the arms {arms}."
+    caption = (
+        "The first three principal components of the patch features as red, green and blue, one basis per "
+        "arm over all the images shown. Components of the later arms are reordered and flipped to match the "
+        "first one's; like colours mean like features within an arm, and only roughly so across arms."
+    )
+    return Figure("pca", "Patch features", caption, [Panel("pca", _png(figure), alt)])
+
+
+# --- drawing ------------------------------------------------------------------------------------------------
+
+
+def _style(arm: str) -> ArmStyle:
+    return arm_styles([arm])[arm]
+
+
+def _images(what: str, images: ArrayLike) -> Images:
+    """uint8 [n 3 h w], checked, as uint8 [n h w 3] to draw."""
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[1] != 3 or array.dtype != np.uint8:
+        raise ValueError(f"{what} must be uint8 [n 3 h w], found {array.dtype} {array.shape}")
+    return array.transpose(0, 2, 3, 1)
+
+
+def _axes(width: float, height: float) -> tuple[MplFigure, Axes]:
+    """A figure of ``width`` x ``height`` inches with one quiet pair of axes."""
+    figure = MplFigure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=PAPER)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#8a8a8a")
+    axes.tick_params(colors=INK, labelsize=10, length=3)
+    axes.grid(color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    return figure, axes
+
+
+def _cells(
+    rows: int, columns: Sequence[str], *, above: float, below: float
+) -> tuple[MplFigure, list[list[Axes]]]:
+    """A sheet of cells with a small gap and headed columns; ``above``, ``below``: margins in inches."""
+    width, gap = 5.4, 0.05
+    side = (width - gap * (len(columns) - 1)) / len(columns)
+    height = rows * side + (rows - 1) * gap + above + below
+    figure = MplFigure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
+    frame = {"left": 0, "right": 1, "bottom": below / height, "top": 1 - above / height}
+    grid = figure.add_gridspec(rows, len(columns), **frame, wspace=gap / side, hspace=gap / side)
+    cells = [[figure.add_subplot(grid[r, c]) for c in range(len(columns))] for r in range(rows)]
+    for axes in itertools.chain.from_iterable(cells):
+        axes.set_axis_off()
+    for axes, title in zip(cells[0], columns, strict=True):
+        axes.set_title(title, fontsize=11, pad=4, color=INK)
+    return figure, cells
+
+
+def _png(figure: MplFigure) -> bytes:
+    buffer = io.BytesIO()
+    # No software version in the file: the same numbers give the same bytes.
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,155 @@
+"""What a run says while it runs: metrics.jsonl, a progress bar or plain lines, and meters that stay on the device."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Meters:
+    """Running means of scalars, kept where they were made; the host waits only when they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            value = value.detach().double() if value.device.type != "mps" else value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, in one transfer; empties the meters."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        sums = torch.stack([self._sums[name] for name in names]).tolist()
+        means = {name: total / self._counts[name] for name, total in zip(names, sums, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a line, each with its `step`; a resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / METRICS_NAME
+        if self.path.exists():
+            kept = [row for row in read_metrics(folder) if row["step"] <= step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(self.path, "a", buffering=1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a line torn by a kill is left out."""
+    rows = []
+    for line in (folder / METRICS_NAME).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Reporter:
+    """A progress bar on a terminal; one plain line an interval elsewhere."""
+
+    def __init__(self, title: str, steps: int, start: int, quiet: bool = False) -> None:
+        self.steps, self.title, self.quiet = steps, title, quiet
+        self.console = Console(stderr=True)
+        self.began, self.first = time.monotonic(), start
+        self._bar: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task(title, total=steps, completed=start, note="")
+
+    def __enter__(self) -> Reporter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def say(self, step: int, values: dict[str, float]) -> None:
+        note = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "cosine", "images_per_second") if name in values)
+        if self._bar:
+            self._bar.update(self._task, completed=step, note=note)
+        elif not self.quiet:
+            left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.steps - step)
+            print(f"{self.title} {step}/{self.steps}  {note}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def environment(seed: int, device: torch.device) -> dict[str, Any]:
+    """Versions, machine, git state and seed: what a reader needs to repeat the run."""
+    from importlib import metadata
+
+    packages = ("dino-value", "torch", "torchvision", "timm", "kornia", "numpy", "omegaconf", "torchmetrics")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "packages": versions,
+        "git": _git_state(),
+        "seed": seed,
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_state() -> str | None:
+    """The commit of this program's own checkout, with a mark when it has changes; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

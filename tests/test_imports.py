@@ -1,0 +1,102 @@
+"""The import rule of docs/architecture.md."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MOVED = ("heads", "eval", "slurm")  # at the root, installed below dino_value
+
+# Rooms that know nothing of each other; train.py and feedback.py join them.
+LEAVES = ("objectives", "designers", "heads", "data", "backbones")
+# Of ours a room may import itself, errors, and only these. (value/ is stricter: see below.)
+ONLY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(LEAVES, ()),
+    "language": ("value", "optim", "checkpoint", "track", "config"),
+    "slurm": ("cli",),
+}
+NEVER = {"eval": ("train",)}
+
+
+def imports(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Absolute dotted names that `source`, the text of `module`, imports anywhere, functions included."""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            # `from dino_value import train` imports a module as `from dino_value.train import run` does
+            yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Lines "module imports name" for every import of `source` that the rule forbids."""
+    room = [*module.split("."), ""][1]
+    found = []
+    for name in imports(source, module, is_package):
+        top, target = [*name.split("."), ""][:2]
+        if top in MOVED:  # a second name for dino_value.<folder> would make a second copy of its classes
+            forbidden = True
+        elif room == "value":  # for any model and any loss
+            ours = (top, target) == ("dino_value", "value")
+            forbidden = not ours and top != "torch" and top not in sys.stdlib_module_names
+        elif top != "dino_value" or target in (room, "errors", "__version__", ""):
+            forbidden = False
+        else:
+            forbidden = (room in ONLY and target not in ONLY[room]) or target in NEVER.get(room, ())
+        if forbidden:
+            found.append(f"{module} imports {name}")
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] in MOVED:
+        parts.insert(0, "dino_value")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = sorted(path for folder in ("dino_value", *MOVED) for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_import_rule(path: Path) -> None:
+    assert violations(path.read_text(), module_name(path), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dino_value.value.engines", "import timm"),
+        ("dino_value.value.engines", "from dino_value.errors import UserError"),
+        ("dino_value.designers.unet", "from dino_value.objectives.dino import DINOLoss"),
+        ("dino_value.designers.unet", "from ..objectives import dino"),
+        ("dino_value.data.folders", "def f():\n    import dino_value.backbones"),
+        ("dino_value.heads.depth", "from dino_value import train"),
+        ("dino_value.eval.seg", "from dino_value.train import train"),
+        ("dino_value.language.train", "from dino_value.backbones import Backbone"),
+        ("dino_value.slurm.launch", "from dino_value.train import train"),
+        ("dino_value.train", "from heads.depth import DepthHead"),
+    ],
+)
+def test_a_violation_is_caught(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dino_value.value.engines", "import math\nimport torch\nfrom dino_value.value.scope import Scope"),
+        ("dino_value.data.folders", "from dino_value.errors import UserError\nimport numpy"),
+        ("dino_value.eval.seg", "from dino_value.heads.segmentation import LinearBN"),
+        ("dino_value.train", "from dino_value import backbones\nfrom dino_value.designers import build"),
+        ("dino_value.slurm.launch", "from dino_value.cli import main\nimport submitit"),
+    ],
+)
+def test_what_the_rule_allows(module: str, source: str) -> None:
+    assert violations(source, module) == []
