@@ -28,8 +28,10 @@ _FURNISHING = np.array(
         [0.60, 0.10, 0.10, 0.05, 0.15],
     ]
 )
-_SPLIT_SEED = {"unlabeled": 0, "training": 1, "validation": 2}
-COUNTS = {"unlabeled": 2048, "training": 640, "validation": 384}
+Split = Literal["unlabeled", "training", "validation", "tuning"]
+# `tuning` is for choosing settings: the numbers that are shown come from `validation`, which no choice has seen.
+_SPLIT_SEED = {"unlabeled": 0, "training": 1, "validation": 2, "tuning": 3}
+COUNTS = {"unlabeled": 2048, "training": 640, "validation": 384, "tuning": 384}
 
 
 class Scenes(NamedTuple):
@@ -43,7 +45,7 @@ class Scenes(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def scenes(split: Literal["unlabeled", "training", "validation"], size: int = 64, count: int | None = None) -> Scenes:
+def scenes(split: Split, size: int = 64, count: int | None = None) -> Scenes:
     """The scenes of one split; no scene, layout or code is shared between splits."""
     count = COUNTS[split] if count is None else count
     rendered = [render(np.random.default_rng([_SPLIT_SEED[split], index]), size) for index in range(count)]
@@ -198,7 +200,7 @@ def _nearest_root(a: np.ndarray, b: np.ndarray, c: float) -> np.ndarray:
     return np.where((discriminant > 0) & np.isfinite(z), z, 1e9)
 
 
-def labelled(layout: str, split: Literal["training", "validation"], size: int = 64) -> LabelledTensors:
+def labelled(layout: str, split: Split, size: int = 64) -> LabelledTensors:
     """The embedded scenes as a labelled set: classes for `ade20k`, depth for `nyuv2`, room types for `imagefolder`."""
     data = scenes(split, size)
     if layout == "ade20k":

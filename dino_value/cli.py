@@ -1,0 +1,85 @@
+"""The command line: parse, load, call. Every command is one function elsewhere, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dino_value import __version__
+from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 2 the user's mistake, 75 stopped but resumable."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["eval"]:
+            return _evaluate(arguments[1:])
+        parsed = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        return command(parsed)
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER
+    except Interrupted as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return EXIT_RESUMABLE
+    except KeyboardInterrupt:
+        print("stopped at once: what came after the last checkpoint is not kept", file=sys.stderr)
+        return EXIT_RESUMABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("dino-value", description="DINO pretraining, steered by a few labels.")
+    parser.add_argument("--version", action="version", version=f"dino-value {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quickstart = commands.add_parser("quickstart", help="the whole method on embedded scenes, in minutes on a CPU")
+    quickstart.add_argument("--out", type=Path, default=Path("quickstart"), help="folder of the report (default: %(default)s)")
+    quickstart.add_argument("--seeds", type=int, default=1, help="paired repetitions (default: %(default)s)")
+    quickstart.add_argument("--steps", type=int, help="learner steps of each arm (default: the configuration's)")
+    quickstart.set_defaults(command=_quickstart)
+
+    train = commands.add_parser("train", help="continue pretraining; the same command goes on after a stop")
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, or a packaged one such as rooms/cpu")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="out=DIR method=value steps=300 optim.lr=1e-4 …")
+    train.add_argument("--quiet", action="store_true", help="no progress")
+    train.set_defaults(command=_train)
+
+    # Only for the help text: main() hands its arguments to the evaluation's own parser.
+    commands.add_parser("eval", help="linear, seg or depth: a head on frozen features of a run or a weights file")
+    return parser
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from dino_value.quickstart import quickstart
+
+    quickstart(arguments.out, arguments.seeds, arguments.steps)
+    return EXIT_DONE
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from dino_value.config import load_config
+    from dino_value.train import train
+
+    folder = train(load_config(arguments.config, arguments.overrides), quiet=arguments.quiet)
+    print(folder)
+    return EXIT_DONE
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from dino_value.eval import depth, linear, seg
+
+    evaluations = {"linear": linear.main, "seg": seg.main, "depth": depth.main}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: dino-value eval {{{','.join(evaluations)}}} RUN_OR_WEIGHTS --data PATH --out DIR [--help]")
+        return EXIT_DONE if arguments else EXIT_USER
+    if arguments[0] not in evaluations:
+        raise UserError(f"eval {arguments[0]}: choose {', '.join(evaluations)}")
+    return evaluations[arguments[0]](arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
