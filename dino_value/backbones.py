@@ -213,7 +213,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    prefixes = ("module.", "backbone.")
+    prefixes = ("module.", "backbone.", "model.")
     tensors: dict[str, Tensor] = {}
     for name, value in content.items() if isinstance(content, dict) else ():
         for prefix in prefixes:

@@ -1,6 +1,7 @@
 """What the evaluations share: frozen features, head training, the command line, results.json.
 
-An evaluation is a pure function of (backbone, sources, options): nothing here reads or moves a global random state.
+An evaluation is a pure function of (backbone, sources, options): nothing here reads or moves a global random
+state.
 """
 
 from __future__ import annotations
@@ -84,17 +85,22 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_inputs(backbone: Backbone, sources: Sequence[LabelledSource], kind: str, options: HeadOptions) -> None:
+def check_inputs(
+    backbone: Backbone, sources: Sequence[LabelledSource], kind: str, options: HeadOptions
+) -> None:
     """Refuse what cannot work, before anything is computed.
 
     Raises:
-        UserError: a bad setting, an image size that the patch does not divide, an empty source, or one of another kind.
+        UserError: a bad setting, an image size that the patch does not divide, an empty source, or one of
+            another kind.
     """
     for key in ("steps", "batch", "lr"):
         if getattr(options, key) <= 0:
             raise UserError(f"{key}={getattr(options, key)} must be positive")
     if min(options.size) < 1 or any(side % backbone.patch_size for side in options.size):
-        fitting = "x".join(str(max(1, round(side / backbone.patch_size)) * backbone.patch_size) for side in options.size)
+        fitting = "x".join(
+            str(max(1, round(side / backbone.patch_size)) * backbone.patch_size) for side in options.size
+        )
         raise UserError(
             f"image size {format_size(options.size)} is not a multiple of {backbone.name}'s patch size "
             f"{backbone.patch_size}; the nearest that is: {fitting}"
@@ -136,7 +142,7 @@ def frozen(backbone: Backbone, read: Reader, options: HeadOptions) -> Iterator[F
 
 
 def shuffled_keys(count: int, batch: int, steps: int, seed: int) -> Iterator[list[tuple[int, int]]]:
-    """`steps` lists of `batch` (position, epoch seed) pairs: permutation after permutation, none cut short."""
+    """`steps` lists of `batch` (position, epoch seed) pairs: one permutation after another."""
     generator = torch.Generator().manual_seed(seed)
     pool: list[tuple[int, int]] = []
     epoch = 0
@@ -158,8 +164,8 @@ def loader(
     dataset: LabelledDataset, keys: Iterable[list[tuple[int, int]]], workers: int
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Batches in the order of `keys`: images uint8 [B 3 h w] and a list of targets."""
-    # The keys carry every random choice, so the order of workers cannot change the data; the generator is there only
-    # so that DataLoader does not draw its base seed from the global one.
+    # The keys carry every random choice, so the order of workers cannot change the data; the generator is
+    # there only so that DataLoader does not draw its base seed from the global one.
     yield from DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=keys,  # type: ignore[arg-type]
@@ -174,8 +180,8 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`options.steps` batches (features, targets) on the device, targets at `options.size`.
 
-    Features are computed once and kept in RAM when they are not augmented, fit in `options.cache_gb`, and would
-    otherwise be computed more than once; else each batch goes through the backbone.
+    Features are computed once and kept in RAM when they are not augmented, fit in `options.cache_gb`, and
+    would otherwise be computed more than once; else each batch goes through the backbone.
     """
     dataset = LabelledDataset(source, size=options.size, flip=options.augment)
     keys = shuffled_keys(len(dataset), options.batch, options.steps, options.seed)
@@ -192,13 +198,19 @@ def training_batches(
         yield extractor(images), torch.stack(raw).to(extractor.device)
 
 
-def _extract(extractor: FrozenBackbone, dataset: LabelledDataset, options: HeadOptions) -> tuple[Tensor, Tensor]:
+def _extract(
+    extractor: FrozenBackbone, dataset: LabelledDataset, options: HeadOptions
+) -> tuple[Tensor, Tensor]:
     """Features and compact targets of a whole set, in order, in RAM."""
     features: list[Tensor] = []
     targets: list[Tensor] = []
     keys = ordered_keys(len(dataset), options.batch)
     for images, raw in track(
-        loader(dataset, keys, options.workers), "features", total=len(keys), disable=not options.progress, transient=True
+        loader(dataset, keys, options.workers),
+        "features",
+        total=len(keys),
+        disable=not options.progress,
+        transient=True,
     ):
         features.append(extractor(images).cpu())
         targets.append(_compact(torch.stack(raw)))
@@ -206,9 +218,12 @@ def _extract(extractor: FrozenBackbone, dataset: LabelledDataset, options: HeadO
 
 
 def ordered_keys(count: int, batch: int) -> list[list[tuple[int, int]]]:
-    """Every position once, in order, in chunks for a forward pass (at least 32 images: no step depends on it)."""
-    batch = max(batch, 32)
-    return [[(position, 0) for position in range(start, min(start + batch, count))] for start in range(0, count, batch)]
+    """Every position once, in order, in chunks for one forward pass."""
+    batch = max(batch, 32)  # a head's step may be small; a forward pass need not be
+    return [
+        [(position, 0) for position in range(start, min(start + batch, count))]
+        for start in range(0, count, batch)
+    ]
 
 
 def _compact(target: Tensor) -> Tensor:
@@ -227,7 +242,11 @@ def validation_batches(
     dataset = LabelledDataset(source, size=options.size, resize_targets=False)
     keys = ordered_keys(len(dataset), options.batch)
     for images, targets in track(
-        loader(dataset, keys, options.workers), "validation", total=len(keys), disable=not options.progress, transient=True
+        loader(dataset, keys, options.workers),
+        "validation",
+        total=len(keys),
+        disable=not options.progress,
+        transient=True,
     ):
         yield extractor(images), targets
 
@@ -267,8 +286,10 @@ def fit_head(
     warmup = max(1, options.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / warmup)
-        * (0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, options.steps - warmup))),
+        lambda step: (
+            min(1.0, (step + 1) / warmup)
+            * (0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, options.steps - warmup)))
+        ),
     )
     head.train()
     for features, target in track(
@@ -279,13 +300,17 @@ def fit_head(
         nn.utils.clip_grad_norm_(head.parameters(), options.clip)
         optimizer.step()
         schedule.step()
-    # Once, at the end: a non-finite step stays in the weights, and a check at each step would wait for the device.
+    # Once, at the end: a non-finite step stays in the weights, and a check at each step would wait for the
+    # device.
     if not all(bool(value.isfinite().all()) for value in head.state_dict().values()):
-        raise UserError(f"the head's weights became infinite or NaN: lower the learning rate ({options.lr:g})")
+        raise UserError(
+            f"the head's weights became infinite or NaN: lower the learning rate ({options.lr:g})"
+        )
     return head.eval()
 
 
-# --- the command line ------------------------------------------------------------------------------------------------
+# --- the command line
+# ------------------------------------------------------------------------------------------------
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -304,25 +329,42 @@ def format_size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def build_parser(name: str, description: str, defaults: HeadOptions, heads: Sequence[str]) -> argparse.ArgumentParser:
+def build_parser(
+    name: str, description: str, defaults: HeadOptions, heads: Sequence[str]
+) -> argparse.ArgumentParser:
     """The flags that every evaluation has; its defaults are the published protocol."""
     parser = argparse.ArgumentParser(
-        f"dino-value eval {name}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        f"dino-value eval {name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run_or_weights", metavar="RUN_OR_WEIGHTS", help="a run folder, or a .safetensors or .pth file")
-    parser.add_argument("--data", required=True, help='root of the data set, or "scenes" for the embedded one')
+    parser.add_argument(
+        "run_or_weights", metavar="RUN_OR_WEIGHTS", help="a run folder, or a .safetensors or .pth file"
+    )
+    parser.add_argument(
+        "--data", required=True, help='root of the data set, or "scenes" for the embedded one'
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder that gets results.json")
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
     parser.add_argument("--head", default=defaults.head, choices=heads)
     parser.add_argument(
-        "--size", default=format_size(defaults.size), type=parse_size, help="height x width of the images, or one side"
+        "--size",
+        default=format_size(defaults.size),
+        type=parse_size,
+        help="height x width of the images, or one side",
     )
     parser.add_argument("--steps", default=defaults.steps, type=int, help="head updates")
     parser.add_argument("--batch", default=defaults.batch, type=int, help="images per head update")
     parser.add_argument("--lr", default=defaults.lr, type=float, help="the head's peak learning rate")
-    parser.add_argument("--seed", default=defaults.seed, type=int, help="of the head and the order of the data")
-    parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present")
-    parser.add_argument("--augment", action="store_true", help="mirror at random; features are computed each step")
+    parser.add_argument(
+        "--seed", default=defaults.seed, type=int, help="of the head and the order of the data"
+    )
+    parser.add_argument(
+        "--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present"
+    )
+    parser.add_argument(
+        "--augment", action="store_true", help="mirror at random; features are computed each step"
+    )
     parser.add_argument("--cache-gb", default=defaults.cache_gb, type=float, help="RAM for frozen features")
     parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images")
     return parser
@@ -337,7 +379,8 @@ def run(
 ) -> int:
     """Load, evaluate, print the table, write results.json.
 
-    Keys of the metrics with a slash, such as `iou/wall`, go into a mapping of their own: `{"iou": {"wall": …}}`.
+    Keys of the metrics with a slash, such as `iou/wall`, go into a mapping of their own: `{"iou": {"wall":
+    …}}`.
 
     Raises:
         UserError: whatever the user can mend.
@@ -357,7 +400,9 @@ def run(
 
     nested: dict[str, Any] = {}
     for key, value in metrics.items():
-        number = value if math.isfinite(value) else None  # JSON has no NaN: a class that appears nowhere is null
+        number = (
+            value if math.isfinite(value) else None
+        )  # JSON has no NaN: a class that appears nowhere is null
         head, slash, tail = key.partition("/")
         if slash:
             nested.setdefault(head, {})[tail] = number

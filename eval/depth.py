@@ -1,7 +1,8 @@
 """Monocular depth on frozen patch features: `dino-value eval depth`, or `python eval/depth.py`.
 
-Protocol: images at 480×640, linear-BN head with softplus, squared error, AdamW, 20k steps of 8 images; predictions
-clamped to 1e-3…10 m, scored at each depth map's own resolution inside the Eigen crop, averaged over images.
+Protocol: images at 480×640, linear-BN head with softplus, squared error, AdamW, 20k steps of 8 images;
+predictions clamped to 1e-3…10 m, scored at each depth map's own resolution inside the Eigen crop, averaged
+over images.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def evaluate(
     """Train a head on frozen features and score it on held-out depth maps.
 
     Returns:
-        `rmse` (metres), `absrel`, `delta1`, `delta2`, `delta3`, `log10`, `silog`, each a mean over images, and `loss`: the
-        held-out mean squared error over all valid pixels, neither cropped nor clamped.
+        `rmse` (metres), `absrel`, `delta1`, `delta2`, `delta3`, `log10`, `silog`, each a mean over images,
+        and `loss`: the held-out mean squared error over all valid pixels, neither cropped nor clamped.
 
     Raises:
         UserError: unfit data or settings; no valid depth; a head that diverges.
@@ -96,16 +97,23 @@ def mean_depth(source: LabelledSource, most: int = 64) -> float:
         UserError: they hold no valid depth.
     """
     stride = -(-len(source) // most)
-    valid = torch.cat([depth[depth > 0] for depth in (source.load(i)[1] for i in range(0, len(source), stride))])
+    valid = torch.cat(
+        [depth[depth > 0] for depth in (source.load(i)[1] for i in range(0, len(source), stride))]
+    )
     if not valid.numel():
         raise UserError(f"{source.name(0)} and others: no valid depth in the training split")
     return float(valid.double().mean())
 
 
 def eigen_crop(height: int, width: int) -> Tensor:
-    """Mask bool [H W] of the Eigen crop, rows 45:471 and columns 41:601 of 480×640; in proportion at other sizes."""
+    """Mask bool [H W] of the Eigen crop, rows 45:471 and columns 41:601 of 480×640; in proportion at other
+    sizes.
+    """
     mask = torch.zeros(height, width, dtype=torch.bool)
-    rows, columns = (round(edge * height / 480) for edge in (45, 471)), (round(edge * width / 640) for edge in (41, 601))
+    rows, columns = (
+        (round(edge * height / 480) for edge in (45, 471)),
+        (round(edge * width / 640) for edge in (41, 601)),
+    )
     mask[slice(*rows), slice(*columns)] = True
     return mask
 
@@ -145,7 +153,9 @@ def depth_metrics(prediction: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 def main(argv: Sequence[str]) -> int:
     """The command; see `--help`."""
     parser = common.build_parser("depth", "Depth on frozen features.", DepthOptions(), list(HEADS))
-    parser.add_argument("--no-eigen-crop", dest="eigen_crop", action="store_false", help="score the whole image")
+    parser.add_argument(
+        "--no-eigen-crop", dest="eigen_crop", action="store_false", help="score the whole image"
+    )
     return common.run("depth", "nyuv2", evaluate, DepthOptions(), parser.parse_args(argv))
 
 

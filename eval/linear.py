@@ -1,6 +1,7 @@
 """Classification on frozen features: `dino-value eval linear`, or `python eval/linear.py`.
 
-Protocol: images scaled to cover 224 px and cropped at the centre, linear-BN head, AdamW, 20k steps of 256 images.
+Protocol: images scaled to cover 224 px and cropped at the centre, linear-BN head, AdamW, 20k steps of 256
+images.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def evaluate(
         raise UserError("batch=1: batch-norm on one vector has no statistics; use a batch of 2 or more")
     with common.frozen(backbone, POOLS[options.pool], options) as extractor:
         head = common.seeded(
-            lambda: build_head(HEADS[options.head], backbone.embed_dim, train_source.num_classes), options.seed
+            lambda: build_head(HEADS[options.head], backbone.embed_dim, train_source.num_classes),
+            options.seed,
         )
         head.to(extractor.device)
         common.fit_head(
@@ -82,8 +84,12 @@ def evaluate(
 
 def main(argv: Sequence[str]) -> int:
     """The command; see `--help`."""
-    parser = common.build_parser("linear", "Linear classification on frozen features.", LinearOptions(), list(HEADS))
-    parser.add_argument("--pool", default="cls", choices=list(POOLS), help="class token, or mean of the patch tokens")
+    parser = common.build_parser(
+        "linear", "Linear classification on frozen features.", LinearOptions(), list(HEADS)
+    )
+    parser.add_argument(
+        "--pool", default="cls", choices=list(POOLS), help="class token, or mean of the patch tokens"
+    )
     return common.run("linear", "imagefolder", evaluate, LinearOptions(), parser.parse_args(argv))
 
 

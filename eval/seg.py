@@ -1,7 +1,8 @@
 """Semantic segmentation on frozen patch features: `dino-value eval seg`, or `python eval/seg.py`.
 
-Protocol: images at 512 px, linear-BN head, AdamW, 20k steps of 8 images; whole-image inference, scored at each label
-map's own resolution; mean IoU over the classes that the labels or the predictions contain, as mmsegmentation reports it.
+Protocol: images at 512 px, linear-BN head, AdamW, 20k steps of 8 images; whole-image inference, scored at
+each label map's own resolution; mean IoU over the classes that the labels or the predictions contain, as
+mmsegmentation reports it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def evaluate(
     """Train a head on frozen features and score it on held-out label maps.
 
     Returns:
-        `miou`, `macc`, `aacc` in [0, 1], `loss` (held-out cross-entropy, mean over pixels), and `iou/<class>`.
+        `miou`, `macc`, `aacc` in [0, 1], `loss` (held-out cross-entropy, mean over pixels), and
+        `iou/<class>`.
 
     Raises:
         UserError: unfit data or settings; a head that diverges.
@@ -53,7 +55,9 @@ def evaluate(
     common.check_inputs(backbone, (train_source, val_source), "seg", options)
     classes = train_source.num_classes
     with common.frozen(backbone, read_map, options) as extractor:
-        head = common.seeded(lambda: build_head(HEADS[options.head], backbone.embed_dim, classes), options.seed)
+        head = common.seeded(
+            lambda: build_head(HEADS[options.head], backbone.embed_dim, classes), options.seed
+        )
         head.to(extractor.device)
         common.fit_head(
             head, segmentation_loss, common.training_batches(extractor, train_source, options), options
@@ -63,7 +67,9 @@ def evaluate(
         with torch.no_grad():
             for features, targets in common.validation_batches(extractor, val_source, options):
                 for logits, labels in common.same_size_runs(head(features), targets):
-                    logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+                    logits = F.interpolate(
+                        logits, size=labels.shape[-2:], mode="bilinear", align_corners=False
+                    )
                     valid = (labels != IGNORE).sum()
                     loss += segmentation_loss(logits, labels).double() * valid
                     pixels += valid
@@ -82,8 +88,8 @@ def confusion_matrix(prediction: Tensor, labels: Tensor, classes: int) -> Tensor
 def scores_of(confusion: Tensor, class_names: Sequence[str]) -> dict[str, float]:
     """The metrics of a confusion matrix [C C].
 
-    A class in neither labels nor predictions has no IoU (NaN) and does not enter `miou`; one that is predicted but never
-    true has IoU 0 and does. `macc` averages over the classes that are true somewhere.
+    A class in neither labels nor predictions has no IoU (NaN) and does not enter `miou`; one that is
+    predicted but never true has IoU 0 and does. `macc` averages over the classes that are true somewhere.
     """
     confusion = confusion.double().cpu()
     hit, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)

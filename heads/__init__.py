@@ -1,7 +1,8 @@
-"""Light heads on frozen features, and their losses: used by feedback (g_down passes through them) and by evaluation.
+"""Light heads on frozen features, and their losses: for feedback (g_down passes through them) and evaluation.
 
-Every head is a module on a feature map [B D h w] or a vector [B D], differentiable with respect to it. In `.eval()` mode
-batch-norm uses its running statistics, so a gradient taken through the head does not couple the images of a batch.
+Every head is a module on a feature map [B D h w] or a vector [B D], differentiable with respect to it. In
+`.eval()` mode batch-norm uses its running statistics, so a gradient taken through the head does not couple
+the images of a batch.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class LinearBNDepthHead(nn.Module):
     """Batch-norm, 1×1 convolution, softplus.
 
-    Its output is positive and unbounded: the depth range of a benchmark is applied by the evaluation only, because a
-    clamp here would stop the gradient wherever the prediction leaves the range.
+    Its output is positive and unbounded: the depth range of a benchmark is applied by the evaluation only,
+    because a clamp here would stop the gradient wherever the prediction leaves the range.
     """
 
     def __init__(self, dim: int, initial_depth: float = 2.5) -> None:
@@ -27,11 +27,12 @@ class LinearBNDepthHead(nn.Module):
     def start_at(self, metres: float) -> None:
         """Set the bias so that the head predicts `metres` for an average feature.
 
-        Normalised features have zero mean, so the mean depth is the bias's alone to learn; from a bias of zero that
-        takes AdamW thousands of steps.
+        Normalised features have zero mean, so the mean depth is the bias's alone to learn; from a bias of
+        zero that takes AdamW thousands of steps.
         """
         # The inverse of softplus, log(exp(y) − 1), in the form that does not overflow.
-        nn.init.constant_(self.regress.bias, metres + math.log(-math.expm1(-metres)))  # type: ignore[arg-type]
+        bias = metres + math.log(-math.expm1(-metres))
+        nn.init.constant_(self.regress.bias, bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
         """[B D h w] to depth [B 1 h w], metres."""
@@ -39,7 +40,8 @@ class LinearBNDepthHead(nn.Module):
 
 
 def depth_loss(prediction: Tensor, depth: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
-    """Mean absolute (`l1`) or squared (`l2`) error in metres over valid pixels, at the resolution of the truth.
+    """Mean absolute (`l1`) or squared (`l2`) error in metres over valid pixels, at the resolution of the
+    truth.
 
     Args:
         prediction: [B 1 h w], upsampled bilinearly.
@@ -53,7 +55,9 @@ def depth_loss(prediction: Tensor, depth: Tensor, kind: Literal["l1", "l2"] = "l
     """
     if kind not in ("l1", "l2"):
         raise ValueError(f"unknown depth loss {kind!r}; choose l1 or l2")
-    prediction = F.interpolate(prediction, size=depth.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+    prediction = F.interpolate(
+        prediction, size=depth.shape[-2:], mode="bilinear", align_corners=False
+    ).squeeze(1)
     valid = depth > 0
     error = torch.where(valid, prediction - depth, 0)
     total = error.abs().sum() if kind == "l1" else error.square().sum()

@@ -10,7 +10,9 @@ IGNORE = 255
 
 
 class LinearBNSegHead(nn.Module):
-    """Batch-norm, dropout, 1×1 convolution: the linear probe of DINOv2's and DINOv3's segmentation evaluation."""
+    """Batch-norm, dropout, 1×1 convolution: the linear probe of DINOv2's and DINOv3's segmentation
+    evaluation.
+    """
 
     def __init__(self, dim: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -26,12 +28,18 @@ class LinearBNSegHead(nn.Module):
 
 
 class ConvSegHead(nn.Module):
-    """A small decoder: two 3×3 convolutions with batch-norm, the second at twice the grid, then a linear classifier."""
+    """A small decoder: two 3×3 convolutions with batch-norm, the second at twice the grid, then a linear
+    classifier.
+    """
 
     def __init__(self, dim: int, classes: int, width: int = 128) -> None:
         super().__init__()
-        self.coarse = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU())
-        self.fine = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU())
+        self.coarse = nn.Sequential(
+            nn.Conv2d(dim, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()
+        )
+        self.fine = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()
+        )
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ What has no flag here (account, quality of service, constraints) goes through sb
 """
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
@@ -64,7 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=0, help="for the one task (default: %(default)s)")
     arguments = parser.parse_intermixed_args(argv)
 
-    options: dict[str, object] = {"timeout_min": arguments.timeout, "cpus_per_task": arguments.cpus}
+    options: dict[str, object] = {
+        "timeout_min": arguments.timeout,
+        "cpus_per_task": arguments.cpus,
+        # since SLURM 22.05 srun no longer takes over what sbatch was given, and the task would get one core
+        "slurm_srun_args": [f"--cpus-per-task={arguments.cpus}"],
+    }
     if arguments.gpus:
         options["gpus_per_node"] = arguments.gpus
     if arguments.partition:
@@ -77,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             local_max_num_timeout=arguments.max_timeouts,
         )
         executor.update_parameters(name="dino-value", **options)
-        job = executor.submit(Train([arguments.config, *arguments.overrides], dino_value_main))
+        with contextlib.redirect_stderr(
+            io.StringIO()
+        ):  # submitit prints what sbatch says, and then raises it
+            job = executor.submit(Train([arguments.config, *arguments.overrides], dino_value_main))
     except (FailedJobError, RuntimeError, OSError, ValueError) as error:  # no sbatch, refused request, folder
         print(f"cannot submit to {arguments.cluster}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER

@@ -1,8 +1,8 @@
 """ADE20K in the layout of the SceneParsing challenge (ADEChallengeData2016).
 
-    images/{training,validation}/*.jpg
-    annotations/{training,validation}/*.png     0 = other, k = the k-th class
-    objectInfo150.txt                           tab-separated, a header, one class a line, its name last
+- images/{training,validation}/*.jpg
+- annotations/{training,validation}/*.png: 0 = other, k = the k-th class
+- objectInfo150.txt: tab-separated, a header, then one class a line with its name last
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class ADE20K:
         images, annotations = root / "images" / split, root / "annotations" / split
         for folder in (root, images, annotations):
             if not folder.is_dir():
-                raise UserError(f"{folder}: no such folder; expected the ADEChallengeData2016 layout under {root}")
+                raise UserError(
+                    f"{folder}: no such folder; expected the ADEChallengeData2016 layout under {root}"
+                )
         self.class_names = read_class_names(root / INFO_NAME)
         self.num_classes = len(self.class_names)
         self._images = list_images(images)

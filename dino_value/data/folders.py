@@ -18,11 +18,19 @@ from dino_value.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 # What PIL's decoders raise on damaged files, as seen: not only OSError.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, Image.DecompressionBombError)
+_DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    IndexError,
+    Image.DecompressionBombError,
+)
 
 
 def list_images(root: str | Path) -> list[Path]:
-    """Every image under `root`, nested folders included (links to folders are followed), sorted by relative path.
+    """Every image under `root` and its sub-folders (links are followed), sorted by relative path.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -52,22 +60,25 @@ def read_image(path: str | Path) -> Tensor:
     """
     try:
         with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # damaged EXIF, palettes with transparency: the pixels are still good
+            # Damaged EXIF, palettes with transparency: the pixels are still good.
+            warnings.simplefilter("ignore")
             image.load()
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # I;16 of 16-bit PNG and TIFF; I is what older decoders make of it
+            if upright.mode.startswith("I"):  # I;16 is 16-bit grey, and I what some decoders make of it
                 grey = np.asarray(upright, dtype=np.int64)
                 upright = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
             elif upright.mode in ("P", "LA", "PA"):
                 upright = upright.convert("RGBA")
             pixels = np.array(upright.convert("RGB"))
     except _DECODE_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as an image ({_one_line(error)}); replace or remove it") from None
+        raise UserError(
+            f"{path}: cannot be read as an image ({_one_line(error)}); replace or remove it"
+        ) from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_labels(path: str | Path) -> Tensor:
-    """One label map as int64 [H W]: a single-channel image whose values are ids (of a palette image, the indices).
+    """One label map as int64 [H W]: a one-channel image of ids (the indices, if it has a palette).
 
     Raises:
         UserError: naming the file when it cannot be decoded or has several channels.
@@ -91,8 +102,8 @@ class ImageFolder:
 
     Args:
         root: holds one folder of images per class (images may be nested in it).
-        classes: the class names in label order; by default the sub-folders, sorted. A validation split is given those of
-            training, so that a class it lacks does not shift the labels.
+        classes: the class names in label order; by default the sub-folders, sorted. A validation split is
+            given those of training, so that a class it lacks does not shift the labels.
         group_pattern, neighbours: see `labelled.file_groups`.
 
     Raises:
@@ -114,7 +125,9 @@ class ImageFolder:
         self.num_classes = len(self.class_names)
         unknown = sorted(set(folders) - set(self.class_names))
         if unknown:
-            raise UserError(f"{self.root / unknown[0]}: not one of the {self.num_classes} classes of the training split")
+            raise UserError(
+                f"{self.root / unknown[0]}: not one of the {self.num_classes} classes of the training split"
+            )
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._items = [(path, labels[name]) for name in folders for path in list_images(self.root / name)]
         self._groups = file_groups([path for path, _ in self._items], group_pattern, neighbours)

@@ -1,7 +1,7 @@
 """Labelled images: the protocol that every data set meets, and what is built on it.
 
-Whatever is read here is a pure function of (index, seed): no loader holds a random state, so a run that stops and goes
-on reads the same data.
+Whatever is read here is a pure function of (index, seed): no loader holds a random state, so a run that stops
+and goes on reads the same data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ IGNORE = 255
 class LabelledSource(Protocol):
     """Images with targets, at their own resolution.
 
-    Targets by kind: `seg` int64 [H W] with 255 = ignore, `depth` float32 [H W] metres with 0 = unknown, `classes` int64 [].
+    Targets by kind: `seg` int64 [H W] with 255 = ignore, `depth` float32 [H W] metres with 0 = unknown,
+    `classes` int64 [].
     """
 
     @property
@@ -99,8 +100,9 @@ class LabelledTensors:
 class LabelledDataset:
     """Some items of a source, brought to one size.
 
-    Images are resampled bilinearly with antialiasing, targets by nearest neighbour (labels and depths must not be
-    blended). Dense kinds are stretched to `size`; for `classes` the image covers `size` and is cropped at the centre.
+    Images are resampled bilinearly with antialiasing, targets by nearest neighbour (labels and depths must
+    not be blended). Dense kinds are stretched to `size`; for `classes` the image covers `size` and is cropped
+    at the centre.
 
     Args:
         source: where items come from.
@@ -148,7 +150,8 @@ class LabelledDataset:
 
 def _coin(index: int, seed: int) -> bool:
     """A fair coin, the same for the same (index, seed) on every machine."""
-    mixed = (index * 0x9E3779B97F4A7C15 + seed * 0xD1B54A32D192ED03 + 1) & 0xFFFFFFFFFFFFFFFF  # splitmix64's finaliser
+    # splitmix64's finaliser over a linear mix of both.
+    mixed = (index * 0x9E3779B97F4A7C15 + seed * 0xD1B54A32D192ED03 + 1) & 0xFFFFFFFFFFFFFFFF
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return bool((mixed >> 63) & 1)
@@ -159,7 +162,9 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     if image.shape[-2:] == size:
         return image
     # In float32 and rounded once: the uint8 kernel differs between CPU instruction sets.
-    resized = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    resized = F.interpolate(
+        image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True
+    )
     return resized[0].round_().clamp_(0, 255).to(torch.uint8)
 
 
@@ -200,8 +205,8 @@ def split_by_group(source: LabelledSource, counts: Sequence[int], seed: int = 0)
             choice = next(order, None)
             if choice is None:
                 raise UserError(
-                    f"cannot cut {' + '.join(map(str, counts))} labelled samples, no group on two sides, out of "
-                    f"{len(source)} in {len(names)} groups: lower the counts, or give more data"
+                    f"cannot cut {' + '.join(map(str, counts))} labelled samples, no group on two sides, "
+                    f"out of {len(source)} in {len(names)} groups: lower the counts, or give more data"
                 )
             part += members[names[choice]]
         parts.append(part[:count])
@@ -213,7 +218,8 @@ def file_groups(paths: Sequence[Path], pattern: str | None = None, neighbours: i
 
     Args:
         paths: in the source's order.
-        pattern: a regular expression searched for in the stem; its first bracket (or all it matches) is the group.
+        pattern: a regular expression searched for in the stem; its first bracket (or all it matches) is the
+            group.
         neighbours: this many consecutive files form a group; excludes `pattern`.
 
     Raises:
@@ -253,8 +259,8 @@ def open_labelled(
 
     Args:
         layout: how the files lie.
-        path: the root of the data set (ADEChallengeData2016, the folder of nyu_depth_v2_labeled.mat, or a folder with
-            train/ and val/), or "scenes" for the embedded set.
+        path: the root of the data set (ADEChallengeData2016, the folder of nyu_depth_v2_labeled.mat, or a
+            folder with train/ and val/), or "scenes" for the embedded set.
         split: `training` or `validation`.
         group_pattern, neighbours: see `file_groups`.
 

@@ -25,7 +25,7 @@ SPLITS_NAME = "splits.mat"
 class NYUv2:
     """One split of NYUv2: training is `trainNdxs`, validation is `testNdxs`.
 
-    Images are read when asked for, through one file handle a process, so the source may be pickled and forked.
+    Images are read when asked for, through one file handle a process; the source may be pickled and forked.
 
     Args:
         root: the folder that holds both files.
@@ -50,7 +50,9 @@ class NYUv2:
             raise UserError(f"{self._path}: lacks the datasets images and depths of NYUv2") from None
         (count, *image), (_, *depth) = shapes
         if len(image) != 3 or image[0] != 3 or [count, *image[1:]] != [shapes[1][0], *depth]:
-            raise UserError(f"{self._path}: images {shapes[0]} and depths {shapes[1]} are not (n, 3, W, H) and (n, W, H)")
+            raise UserError(
+                f"{self._path}: images {shapes[0]} and depths {shapes[1]} are not (n, 3, W, H) and (n, W, H)"
+            )
         self._indices = _read_split(Path(root) / SPLITS_NAME, split, count)
         groups = _read_scenes(file, self._path) or index_groups(count, neighbours)
         if len(groups) != count:
@@ -61,7 +63,9 @@ class NYUv2:
         # An HDF5 handle must not cross a fork: keep one for this process only.
         if self._handle is None or self._handle[0] != os.getpid():
             if not self._path.is_file():
-                raise UserError(f"{self._path}: no such file; the folder must hold {MAT_NAME} and {SPLITS_NAME}")
+                raise UserError(
+                    f"{self._path}: no such file; the folder must hold {MAT_NAME} and {SPLITS_NAME}"
+                )
             try:
                 self._handle = os.getpid(), h5py.File(self._path, "r")
             except OSError as error:
@@ -100,7 +104,9 @@ def _read_split(path: Path, split: Split, count: int) -> list[int]:
     """The zero-based indices of a split, from MATLAB's one-based ones."""
     key = "trainNdxs" if split == "training" else "testNdxs"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; it comes with {MAT_NAME} and says which images are for training")
+        raise UserError(
+            f"{path}: no such file; it comes with {MAT_NAME} and says which images are for training"
+        )
     try:
         indices = loadmat(path)[key].reshape(-1).astype(np.int64) - 1
     except KeyError:
@@ -117,6 +123,8 @@ def _read_scenes(file: h5py.File, path: Path) -> list[str] | None:
     if "scenes" not in file:
         return None
     try:
-        return ["".join(map(chr, file[reference][()].reshape(-1))) for reference in file["scenes"][()].reshape(-1)]
+        return [
+            "".join(map(chr, file[reference][()].reshape(-1))) for reference in file["scenes"][()].reshape(-1)
+        ]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its scenes cannot be read ({error})") from None

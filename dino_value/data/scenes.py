@@ -81,21 +81,21 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
     for _ in range(int(rng.integers(3, 7))):
         kind = int(rng.choice(5, p=_FURNISHING[room]))
         colour = rng.uniform(0.1, 0.95, size=3)
-        z = rng.uniform(1.9, back - 0.5)
+        z = rng.uniform(1.8, min(back - 0.5, 4.0))
         x = rng.uniform(-1, 1) * min(half_width - 0.3, 0.65 * z)
         if kind == 0:
-            radius = rng.uniform(0.25, 0.5)
+            radius = rng.uniform(0.35, 0.7)
             caster.ball(3, np.array([x, floor - radius, z]), radius, colour)
         elif kind == 1:
-            side = rng.uniform(0.25, 0.5, size=3)
+            side = rng.uniform(0.35, 0.65, size=3)
             caster.crate(4, np.array([x, floor - side[1], z]), side, rng.uniform(0, np.pi / 2), colour)
         elif kind == 2:
-            caster.column(5, np.array([x, z]), rng.uniform(0.15, 0.28), floor, ceiling, colour)
+            caster.column(5, np.array([x, z]), rng.uniform(0.18, 0.32), floor, ceiling, colour)
         elif kind == 3:
-            extent = np.array([rng.uniform(0.35, 0.8), rng.uniform(0.25, 0.5), 0.03])
-            caster.crate(6, np.array([x, rng.uniform(-0.6, 0.0), back - 0.05]), extent, 0.0, colour)
+            extent = np.array([rng.uniform(0.6, 1.1), rng.uniform(0.4, 0.7), 0.03])
+            caster.crate(6, np.array([x, rng.uniform(-0.5, 0.2), back - 0.05]), extent, 0.0, colour)
         else:
-            caster.cone(7, np.array([x, floor, z]), rng.uniform(0.3, 0.5), rng.uniform(0.7, 1.3), colour)
+            caster.cone(7, np.array([x, floor, z]), rng.uniform(0.4, 0.65), rng.uniform(0.9, 1.6), colour)
 
     image = caster.shaded(light=np.array([rng.uniform(-1, 1), -1.0, rng.uniform(-1.0, 0.2)]))
     image += rng.normal(0, 0.015, size=image.shape)
