@@ -135,7 +135,9 @@ def create_backbone(
             name, pretrained=False, num_classes=0, img_size=img_size, dynamic_img_size=True, **kwargs
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"backbone.name={name} with {kwargs or 'no extra arguments'}: timm refused it: {error}") from None
+        raise UserError(
+            f"backbone.name={name} with {kwargs or 'no extra arguments'}: timm refused it: {error}"
+        ) from None
     if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "_pos_embed", "norm")):
         raise UserError(f"backbone.name={name} is not a vision transformer; choose a timm vit_* model")
     patch = int(model.patch_embed.patch_size[0])

@@ -37,14 +37,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     quickstart = commands.add_parser("quickstart", help="the whole method on embedded scenes, in minutes on a CPU")
-    quickstart.add_argument("--out", type=Path, default=Path("quickstart"), help="folder of the report (default: %(default)s)")
+    quickstart.add_argument(
+        "--out", type=Path, default=Path("quickstart"), help="folder of the report (default: %(default)s)"
+    )
     quickstart.add_argument("--seeds", type=int, default=1, help="paired repetitions (default: %(default)s)")
     quickstart.add_argument("--steps", type=int, help="learner steps of each arm (default: the configuration's)")
     quickstart.set_defaults(command=_quickstart)
 
     train = commands.add_parser("train", help="continue pretraining; the same command goes on after a stop")
     train.add_argument("config", metavar="CONFIG", help="a YAML file, or a packaged one such as rooms/cpu")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="out=DIR method=value steps=300 optim.lr=1e-4 …")
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="out=DIR method=value steps=300 optim.lr=1e-4 …"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress")
     train.set_defaults(command=_train)
 

@@ -30,6 +30,7 @@ class DataConfig:
     workers: int = 2  # loader processes for the unlabeled stream
     in_memory: bool = False  # decode once and crop on the device; for small sets of equally sized images
     group_pattern: str | None = None  # regex on a label file's stem; images of one group never part train from meta
+    neighbours: int = 1  # or: this many consecutive labelled images are one group, as frames of one place
 
 
 @dataclass
@@ -195,6 +196,7 @@ _AT_LEAST = {
     "checkpoint.keep": 1,
     "views.local_count": 0,
     "data.workers": 0,
+    "data.neighbours": 1,
 }
 
 
@@ -278,7 +280,9 @@ def _find(source: str | os.PathLike[str]) -> Path:
 
 def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
     if not isinstance(given, dict):
-        raise UserError(f"{prefix.rstrip('.') or 'configuration'}: expected a section of keys and values, got {given!r}")
+        raise UserError(
+            f"{prefix.rstrip('.') or 'configuration'}: expected a section of keys and values, got {given!r}"
+        )
     sections = {item.name: item for item in fields(schema)}
     for key, value in given.items():
         if key not in sections:

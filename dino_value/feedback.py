@@ -11,14 +11,14 @@ from torch.func import functional_call
 
 from dino_value.backbones import Backbone, Hidden
 from dino_value.config import Config, TaskConfig
-from dino_value.data.labelled import LabelledDataset, LabelledSource, open_labelled, split_by_group
+from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled, split_by_group
 from dino_value.data.sampling import Stream, key
 from dino_value.errors import UserError
 from dino_value.heads import build_head, depth_loss, feature_map, segmentation_loss
 from dino_value.value import Gradient, Scope
 from dino_value.value.engines import full, full_precision
 
-LAYOUTS = {"seg": "ade20k", "depth": "nyuv2"}
+LAYOUTS: dict[str, Layout] = {"seg": "ade20k", "depth": "nyuv2"}
 
 
 class FeedbackTask:
@@ -88,7 +88,13 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
         settings: TaskConfig = getattr(config.feedback, kind)
         if path is None or settings.weight == 0:
             continue
-        source = open_labelled(LAYOUTS[kind], path, "training", group_pattern=config.data.group_pattern)  # type: ignore[arg-type]
+        source = open_labelled(
+            LAYOUTS[kind],
+            path,
+            "training",
+            group_pattern=config.data.group_pattern if kind == "seg" else None,
+            neighbours=config.data.neighbours,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(config.seed, "head", kind))
             task = FeedbackTask(kind, source, settings, config, dim)
@@ -127,5 +133,3 @@ def downstream_gradient(
         features = functional_call(backbone, leaves, (state,), {"start": scope.start})
         loss = task.loss(features.patches, features.grid, labels)
     return list(torch.autograd.grad(loss, list(leaves.values()))), loss.detach()
-
-

@@ -141,7 +141,9 @@ def report(
     masks, views = {}, {}
     for arm in ("value", "random"):
         masks[arm], views[arm] = masked(configs[arm, seeds[0]], images)
-    shown = {metric: {arm: rows[metric] for arm, rows in results["arms"].items()} for metric in ("miou", "rmse", "top1")}
+    shown = {
+        metric: {arm: rows[metric] for arm, rows in results["arms"].items()} for metric in ("miou", "rmse", "top1")
+    }
     table = {"arms": {arm: {m: shown[m][arm] for m in shown} for arm in results["arms"]}, "seeds": seeds}
     comparisons = compare_all(table)
     config = configs["value", seeds[0]]
@@ -169,8 +171,12 @@ def report(
             "Settings were chosen on a tuning split; the scenes scored here played no part in it.",
         ],
         settings={
-            "steps": config.steps, "direction": config.value.direction, "engine": config.value.engine,
-            "designer": config.designer.name, "update every": config.value.period, "batch": config.optim.batch_size,
+            "steps": config.steps,
+            "direction": config.value.direction,
+            "engine": config.value.engine,
+            "designer": config.designer.name,
+            "update every": config.value.period,
+            "batch": config.optim.batch_size,
         },
         commands=[
             f"dino-value quickstart --out {out.name} --seeds {len(seeds)}",

@@ -59,9 +59,7 @@ def design_views(designer: nn.Module, views: Views, config: DesignerConfig, seed
 
 
 @torch.no_grad()
-def teacher_targets(
-    teacher: Learner, large: Tensor, loss: DINOLoss, temperature: float
-) -> tuple[Tensor, Tensor]:
+def teacher_targets(teacher: Learner, large: Tensor, loss: DINOLoss, temperature: float) -> tuple[Tensor, Tensor]:
     """Global views [2B 3 H W] to targets [2 B K], and the logits that the centre is updated with."""
     logits = teacher(large).unflatten(0, (2, -1))
     return loss.targets(logits, temperature), logits
@@ -118,9 +116,7 @@ class SSLTask:
         *states, targets = hidden
         weights = {**self._backbone, **parameters}
         cls = [
-            functional_call(
-                self.student.backbone, weights, (Hidden(tokens, *shape),), {"start": self.scope.start}
-            ).cls
+            functional_call(self.student.backbone, weights, (Hidden(tokens, *shape),), {"start": self.scope.start}).cls
             for tokens, shape in zip(states, self._shapes, strict=True)
         ]
         logits = functional_call(self.student.head, self._head, (torch.cat(cls),))

@@ -102,7 +102,9 @@ class Reporter:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -111,7 +113,9 @@ class Reporter:
             self._bar.update(self._task, completed=step)
 
     def say(self, step: int, values: dict[str, float]) -> None:
-        note = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss", "cosine", "images_per_second") if name in values)
+        note = "  ".join(
+            f"{name} {values[name]:.4g}" for name in ("loss", "cosine", "images_per_second") if name in values
+        )
         if self._bar:
             self._bar.update(self._task, completed=step, note=note)
         elif not self.quiet:

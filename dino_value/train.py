@@ -80,7 +80,9 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.step = config, 0
         self.device = choose_device(config.device)
-        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, use_bfloat16(config, self.device))
+        self.autocast = functools.partial(
+            torch.autocast, self.device.type, torch.bfloat16, use_bfloat16(config, self.device)
+        )
         torch.manual_seed(key(config.seed, "weights"))
         c = config.objective
         backbone = create_backbone(
@@ -129,7 +131,9 @@ class Run:
     def learner_update(self, large: Tensor, small: Tensor) -> None:
         """One step of Algorithm 1 on an unlabeled batch, uint8 [2 B 3 H W] and [N B 3 h w]."""
         config, o = self.config, self.config.optim
-        torch.manual_seed(key(config.seed, "step", self.step))  # stochastic depth: a function of the step, like the data
+        torch.manual_seed(
+            key(config.seed, "step", self.step)
+        )  # stochastic depth: a function of the step, like the data
         views = self.make_views(large, small, "learner", self.step)
 
         since = self.step - config.value.burn_in
@@ -140,7 +144,9 @@ class Run:
         with torch.no_grad(), self.autocast():
             learned = views
             if designing:
-                learned, masks = design_views(self.designer, views, config.designer, key(config.seed, "fill", self.step))
+                learned, masks = design_views(
+                    self.designer, views, config.designer, key(config.seed, "fill", self.step)
+                )
                 self.meters.add(mask_mean=masks.mean())
             seen = learned.large if config.designer.teacher_views == "masked" else views.large
             targets, logits = teacher_targets(self.teacher, seen, self.loss, self.teacher_temperature())
@@ -173,7 +179,9 @@ class Run:
             for task in self.feedback:
                 for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
                     fit_head(task, self.student.backbone, self.device)
-            found = [downstream_gradient(task, self.student.backbone, self.scope, self.device) for task in self.feedback]
+            found = [
+                downstream_gradient(task, self.student.backbone, self.scope, self.device) for task in self.feedback
+            ]
             gradients, losses = zip(*found, strict=True)
             g_down = combine(gradients, [task.weight for task in self.feedback])
             if config.method == "random":
@@ -181,7 +189,15 @@ class Run:
 
             seed = key(config.seed, "meta fill", number)
             ssl = SSLTask(
-                self.student, self.teacher, self.loss, self.teacher_temperature(), self.designer, views, d, self.scope, seed
+                self.student,
+                self.teacher,
+                self.loss,
+                self.teacher_temperature(),
+                self.designer,
+                views,
+                d,
+                self.scope,
+                seed,
             )
             hidden = ssl.trunk()
             assert ssl.masks is not None
@@ -253,7 +269,9 @@ class Run:
                 module.load_state_dict({name: value.float() for name, value in state[part].items()})
             except RuntimeError as error:
                 first = " ".join(str(error).split())[:300]
-                raise UserError(f"start_from={self.config.start_from}: of another architecture than backbone and objective: {first}") from None
+                raise UserError(
+                    f"start_from={self.config.start_from}: of another architecture than backbone and objective: {first}"
+                ) from None
 
     def save(self, folder: Path) -> None:
         """A checkpoint, and the teacher's backbone as timm-keyed weights."""
@@ -262,7 +280,9 @@ class Run:
             save_checkpoint(folder / "checkpoints", self.step, self.state_dict(), keep)
             save_backbone(folder / WEIGHTS_NAME, self.teacher.backbone, {"step": str(self.step)})
         except OSError as error:
-            raise UserError(f"{folder}: step {self.step} could not be saved ({error.strerror or error}); free space or choose another out=; earlier checkpoints are whole") from None
+            raise UserError(
+                f"{folder}: step {self.step} could not be saved ({error.strerror or error}); free space or choose another out=; earlier checkpoints are whole"
+            ) from None
 
     def state_dict(self) -> dict[str, Any]:
         state = {
@@ -314,7 +334,11 @@ class Clock:
 
     def read(self, batch_size: int) -> dict[str, float]:
         elapsed = max(1e-9, time.monotonic() - self.began)
-        values = {"images_per_second": self.steps * batch_size / elapsed, "data_wait": self.waited / elapsed, "seconds": elapsed}
+        values = {
+            "images_per_second": self.steps * batch_size / elapsed,
+            "data_wait": self.waited / elapsed,
+            "seconds": elapsed,
+        }
         self.began, self.waited, self.steps = time.monotonic(), 0.0, 0
         return values
 
@@ -330,7 +354,9 @@ def stop_requests() -> Iterator[Any]:
         requested.append(number)
 
     try:
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+        before = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        }
     except ValueError:  # not the main thread: the caller handles signals
         yield lambda: False
         return
@@ -353,7 +379,9 @@ def prepare_folder(config: Config, folder: Path) -> None:
         if saved.exists():
             differences = _differences(OmegaConf.load(saved), OmegaConf.structured(config))
             if differences:
-                raise UserError(f"out={folder} holds a run with other settings ({'; '.join(differences[:4])}); choose another out=")
+                raise UserError(
+                    f"out={folder} holds a run with other settings ({'; '.join(differences[:4])}); choose another out="
+                )
         elif any(folder.iterdir()):
             raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
         save_config(config, saved)
@@ -365,10 +393,18 @@ def _differences(old: Any, new: Any) -> list[str]:
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix: tree}
-        return {name: leaf for part, value in tree.items() for name, leaf in flat(value, f"{prefix}.{part}".lstrip(".")).items()}
+        return {
+            name: leaf
+            for part, value in tree.items()
+            for name, leaf in flat(value, f"{prefix}.{part}".lstrip(".")).items()
+        }
 
     before, after = flat(OmegaConf.to_container(old)), flat(OmegaConf.to_container(new))
-    return [f"{name}: {before.get(name)} there, {after.get(name)} now" for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    return [
+        f"{name}: {before.get(name)} there, {after.get(name)} now"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
 
 
 def choose_device(name: str) -> torch.device:

@@ -168,7 +168,7 @@ def loader(
     # there only so that DataLoader does not draw its base seed from the global one.
     yield from DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=keys,  # type: ignore[arg-type]
+        batch_sampler=keys,
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),
@@ -186,10 +186,9 @@ def training_batches(
     dataset = LabelledDataset(source, size=options.size, flip=options.augment)
     keys = shuffled_keys(len(dataset), options.batch, options.steps, options.seed)
     if not options.augment and options.steps * options.batch >= len(dataset):
-        sample = dataset[0, 0]
-        size = sum(part.nbytes for part in (extractor(sample[0][None]), _compact(sample[1]))) * len(dataset)
-        if size <= options.cache_gb * 1e9:
-            features, targets = _extract(extractor, dataset, options)
+        cache = _cache(extractor, dataset, options)
+        if cache is not None:
+            features, targets = cache
             for batch in keys:
                 index = torch.tensor([position for position, _ in batch])
                 yield features[index].to(extractor.device), _expand(targets[index]).to(extractor.device)
@@ -198,13 +197,17 @@ def training_batches(
         yield extractor(images), torch.stack(raw).to(extractor.device)
 
 
-def _extract(
+def _cache(
     extractor: FrozenBackbone, dataset: LabelledDataset, options: HeadOptions
-) -> tuple[Tensor, Tensor]:
-    """Features and compact targets of a whole set, in order, in RAM."""
-    features: list[Tensor] = []
-    targets: list[Tensor] = []
+) -> tuple[Tensor, Tensor] | None:
+    """Features and compact targets of a whole set, in order, in RAM; None where they exceed the budget."""
+    image, target = dataset[0, 0]
+    samples = extractor(image[None])[0].cpu(), _compact(target)
+    if sum(sample.nbytes for sample in samples) * len(dataset) > options.cache_gb * 1e9:
+        return None
+    features, targets = (sample.new_empty(len(dataset), *sample.shape) for sample in samples)
     keys = ordered_keys(len(dataset), options.batch)
+    filled = 0
     for images, raw in track(
         loader(dataset, keys, options.workers),
         "features",
@@ -212,9 +215,11 @@ def _extract(
         disable=not options.progress,
         transient=True,
     ):
-        features.append(extractor(images).cpu())
-        targets.append(_compact(torch.stack(raw)))
-    return torch.cat(features), torch.cat(targets)
+        stop = filled + len(images)
+        features[filled:stop] = extractor(images)
+        targets[filled:stop] = _compact(torch.stack(raw))
+        filled = stop
+    return features, targets
 
 
 def ordered_keys(count: int, batch: int) -> list[list[tuple[int, int]]]:
@@ -227,7 +232,7 @@ def ordered_keys(count: int, batch: int) -> list[list[tuple[int, int]]]:
 
 
 def _compact(target: Tensor) -> Tensor:
-    """Label maps as uint8: ids end at 254, and 255 is ignore. An eighth of the RAM."""
+    """Label maps [… H W] as uint8, an eighth of the RAM: ids end at 254, and 255 is ignore."""
     return target.to(torch.uint8) if target.dtype == torch.int64 and target.ndim >= 2 else target
 
 

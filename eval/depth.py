@@ -106,9 +106,7 @@ def mean_depth(source: LabelledSource, most: int = 64) -> float:
 
 
 def eigen_crop(height: int, width: int) -> Tensor:
-    """Mask bool [H W] of the Eigen crop, rows 45:471 and columns 41:601 of 480×640; in proportion at other
-    sizes.
-    """
+    """Mask bool [H W] of the Eigen crop: rows 45:471, columns 41:601 of 480×640; scaled for other sizes."""
     mask = torch.zeros(height, width, dtype=torch.bool)
     rows, columns = (
         (round(edge * height / 480) for edge in (45, 471)),

@@ -40,8 +40,7 @@ class LinearBNDepthHead(nn.Module):
 
 
 def depth_loss(prediction: Tensor, depth: Tensor, kind: Literal["l1", "l2"] = "l1") -> Tensor:
-    """Mean absolute (`l1`) or squared (`l2`) error in metres over valid pixels, at the resolution of the
-    truth.
+    """Mean absolute (`l1`, m) or squared (`l2`, m²) error over valid pixels, at the truth's resolution.
 
     Args:
         prediction: [B 1 h w], upsampled bilinearly.

@@ -10,9 +10,7 @@ IGNORE = 255
 
 
 class LinearBNSegHead(nn.Module):
-    """Batch-norm, dropout, 1×1 convolution: the linear probe of DINOv2's and DINOv3's segmentation
-    evaluation.
-    """
+    """Batch-norm, dropout, 1×1 convolution: the linear probe of DINOv2 and DINOv3."""
 
     def __init__(self, dim: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -28,9 +26,7 @@ class LinearBNSegHead(nn.Module):
 
 
 class ConvSegHead(nn.Module):
-    """A small decoder: two 3×3 convolutions with batch-norm, the second at twice the grid, then a linear
-    classifier.
-    """
+    """A small decoder: two 3×3 convolutions with batch-norm, the second at twice the grid, and a 1×1."""
 
     def __init__(self, dim: int, classes: int, width: int = 128) -> None:
         super().__init__()

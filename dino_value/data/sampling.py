@@ -46,7 +46,9 @@ class Stream:
 
     def __init__(self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0) -> None:
         if len(source) < batch_size:
-            raise UserError(f"{name}: {len(source)} images are fewer than a batch of {batch_size}; lower the batch size")
+            raise UserError(
+                f"{name}: {len(source)} images are fewer than a batch of {batch_size}; lower the batch size"
+            )
         self.source, self.batch_size, self.seed, self.name, self.workers = source, batch_size, seed, name, workers
         self.per_epoch = len(source) // batch_size
 

@@ -67,7 +67,12 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
     rays = np.stack(np.broadcast_arrays(axis[None, :], axis[:, None], np.ones((1, 1))), axis=-1) * [0.75, 0.75, 1.0]
     caster = _Caster(rays)
 
-    half_width, floor, ceiling, back = rng.uniform(1.6, 2.6), rng.uniform(1.1, 1.5), -rng.uniform(1.1, 1.6), rng.uniform(4.0, 7.0)
+    half_width, floor, ceiling, back = (
+        rng.uniform(1.6, 2.6),
+        rng.uniform(1.1, 1.5),
+        -rng.uniform(1.1, 1.6),
+        rng.uniform(4.0, 7.0),
+    )
     hues = rng.uniform(0.25, 0.85, size=(3, 3))
     for class_id, normal, offset, hue in (
         (0, (0, -1, 0), -floor, hues[0]),
@@ -76,7 +81,14 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
         (1, (1, 0, 0), -half_width, hues[2]),
         (1, (-1, 0, 0), -half_width, hues[2]),
     ):
-        caster.plane(class_id, np.array(normal, float), offset, hue, period=rng.uniform(0.5, 1.2), contrast=rng.uniform(0.0, 0.18))
+        caster.plane(
+            class_id,
+            np.array(normal, float),
+            offset,
+            hue,
+            period=rng.uniform(0.5, 1.2),
+            contrast=rng.uniform(0.0, 0.18),
+        )
 
     for _ in range(int(rng.integers(3, 7))):
         kind = int(rng.choice(5, p=_FURNISHING[room]))
@@ -100,7 +112,13 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
     image = caster.shaded(light=np.array([rng.uniform(-1, 1), -1.0, rng.uniform(-1.0, 0.2)]))
     image += rng.normal(0, 0.015, size=image.shape)
     code = _print_code(rng, image)
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8), caster.classes, caster.depth.astype(np.float32), np.int64(room), code
+    return (
+        (np.clip(image, 0, 1) * 255).astype(np.uint8),
+        caster.classes,
+        caster.depth.astype(np.float32),
+        np.int64(room),
+        code,
+    )
 
 
 def _print_code(rng: np.random.Generator, image: np.ndarray, cells: int = 5, copies: int = 5) -> np.ndarray:
@@ -134,7 +152,9 @@ class _Caster:
         self.normals[nearer] = np.broadcast_to(normals, self.rays.shape)[nearer]
         self.albedo[nearer] = np.broadcast_to(albedo, self.rays.shape)[nearer]
 
-    def plane(self, class_id: int, normal: np.ndarray, offset: float, hue: np.ndarray, period: float, contrast: float) -> None:
+    def plane(
+        self, class_id: int, normal: np.ndarray, offset: float, hue: np.ndarray, period: float, contrast: float
+    ) -> None:
         facing = self.rays @ normal
         with np.errstate(divide="ignore"):
             z = np.where(facing < 0, offset / facing, 1e9)
@@ -163,7 +183,9 @@ class _Caster:
         boards = np.floor((rays[..., 1] * z + origin[1]) / (half[1] / 2.5)) % 2
         self._write(class_id, z, normals @ rotate, colour * np.where(boards, 1.0, 0.75)[..., None])
 
-    def column(self, class_id: int, centre: np.ndarray, radius: float, floor: float, ceiling: float, colour: np.ndarray) -> None:
+    def column(
+        self, class_id: int, centre: np.ndarray, radius: float, floor: float, ceiling: float, colour: np.ndarray
+    ) -> None:
         flat = self.rays[..., [0, 2]]
         z = _nearest_root((flat**2).sum(-1), flat @ centre, centre @ centre - radius**2)
         height = self.rays[..., 1] * z

@@ -49,9 +49,7 @@ class ViewSettings(Protocol):
     solarize: float
 
 
-def sample_boxes(
-    count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator
-) -> Tensor:
+def sample_boxes(count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
     """`count` random-resized-crop boxes [count 4] as (left, top, right, bottom), whole pixels.
 
     The distribution is torchvision's: area share uniform in `scale`, log aspect uniform in 3/4 … 4/3, ten tries, then the
@@ -146,9 +144,7 @@ def _two_groups(views, settings: ViewSettings, images: int | None) -> tuple[Tens
     return large, torch.zeros(*shape, settings.local_size, settings.local_size, dtype=torch.uint8)
 
 
-def augment(
-    large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str
-) -> tuple[Tensor, Tensor]:
+def augment(large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str) -> tuple[Tensor, Tensor]:
     """DINO's flips, colours, blur and solarisation: uint8 [2 B 3 H W], [N B 3 h w] -> float in [0, 1], [2B 3 H W], [NB 3 h w]."""
     views, batch = large.shape[:2]
     first, second, local = settings.blur
@@ -158,7 +154,11 @@ def augment(
     globals_ = photometric(large.flatten(0, 1), blur, solar, settings, keyed_generator(seed, "global", *keys))
     count = small.shape[0] * batch
     locals_ = photometric(
-        small.flatten(0, 1), torch.full((count,), local), torch.zeros(count), settings, keyed_generator(seed, "local", *keys)
+        small.flatten(0, 1),
+        torch.full((count,), local),
+        torch.zeros(count),
+        settings,
+        keyed_generator(seed, "local", *keys),
     )
     return globals_, locals_
 

@@ -48,7 +48,9 @@ def random(g_down: Gradient, g_pre: Gradient) -> Gradient:
 def random_like(g_down: Gradient, generator: torch.Generator | None = None) -> Gradient:
     """Gaussian tensors, each scaled to the norm of its counterpart in `g_down`."""
     noise = [
-        torch.randn(g.shape, generator=generator, dtype=g.dtype, device=generator.device if generator else g.device).to(g.device)
+        torch.randn(g.shape, generator=generator, dtype=g.dtype, device=generator.device if generator else g.device).to(
+            g.device
+        )
         for g in g_down
     ]
     scales = torch._foreach_div(torch._foreach_norm(g_down), torch._foreach_norm(noise))
