@@ -56,6 +56,8 @@ class Backbone(nn.Module):
         self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
         self.depth = len(model.blocks)  # type: ignore[arg-type]
         self.num_prefix_tokens = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+        # Not timm's global_pool: it says `avg` of DINOv3, whose own objective reads the class token.
+        self.has_cls = getattr(model, "cls_token", None) is not None
         self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])  # type: ignore[index]
         self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])  # type: ignore[index]
 
@@ -74,7 +76,10 @@ class Backbone(nn.Module):
         if stop is not None:
             return Hidden(tokens, hidden.rope, hidden.grid)
         tokens = self.model.norm(tokens)
-        return Features(tokens[:, 0], tokens[:, self.num_prefix_tokens :], hidden.grid)
+        patches = tokens[:, self.num_prefix_tokens :]
+        # Models without a class token describe an image by the mean of its patches.
+        cls = tokens[:, 0] if self.has_cls else self.model.fc_norm(patches.mean(1))
+        return Features(cls, patches, hidden.grid)
 
     def set_attention(self, kind: str) -> None:
         """`sdpa` (fused kernels) or `math` (plain matrix products); the same function either way."""
@@ -208,9 +213,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable weights file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable weights file: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError: an object that weights-only loading refuses
-        raise UserError(f"{path}: refused by weights-only loading: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: refused by weights-only loading: {_first_line(error)}") from None
     for key in ("teacher", "student", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -227,8 +232,16 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mapping[str, str] | None = None) -> None:
-    """Write timm-keyed weights with the architecture in the header; complete or not at all."""
+    """Write timm-keyed weights with the architecture in the header; complete or not at all.
+
+    Raises:
+        OSError: the disk refused it.
+    """
     path = Path(path)
     metadata = {"model": backbone.name, "kwargs": json.dumps(backbone.kwargs), **(extra or {})}
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
@@ -238,6 +251,8 @@ def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mappi
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

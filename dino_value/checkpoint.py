@@ -14,7 +14,11 @@ _PATTERN = "step_*.pt"
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` for `step`, then drop all but the newest `keep`; a kill at any moment leaves the older ones whole."""
+    """Write `state` for `step`, then drop all but the newest `keep`; a kill at any moment leaves the older ones whole.
+
+    Raises:
+        OSError: the disk refused it; nothing is left of the attempt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}"
@@ -24,6 +28,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # what torch's writer makes of a full disk
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     finally:
         temporary.unlink(missing_ok=True)
     for old in sorted(folder.glob(_PATTERN))[:-keep]:
@@ -54,7 +60,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torn zip, foreign pickle: whatever it is, it is not ours
-        raise UserError(f"{path}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
     if not isinstance(state, dict) or "teacher" not in state:
         raise UserError(f"{path}: not a checkpoint of this program (it has no teacher)")
     return state

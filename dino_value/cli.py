@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dino_value import __version__
 from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; free space or choose another folder", file=sys.stderr)
+        return EXIT_USER
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return EXIT_RESUMABLE
@@ -32,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("dino-value", description="DINO pretraining, steered by a few labels.")
+    parser = _Parser("dino-value", description="DINO pretraining, steered by a few labels.")
     parser.add_argument("--version", action="version", version=f"dino-value {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

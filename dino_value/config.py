@@ -69,6 +69,7 @@ class ObjectiveConfig:
     out_dim: int = 8192
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
+    batch_norm: bool = False  # in the head (main_dino.py --use_bn_in_head): small models leave the uniform plateau sooner
     student_temp: float = 0.1
     teacher_temp: float = 0.04
     teacher_temp_start: float = 0.04
@@ -182,7 +183,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "designer.crops": ("global", "all"),
     "designer.teacher_views": ("masked", "plain"),
     "feedback.seg.head": ("linear", "conv"),
-    "feedback.depth.head": ("linear", "conv"),
+    "feedback.depth.head": ("linear",),
 }
 _AT_LEAST = {
     "steps": 1,
@@ -289,6 +290,9 @@ def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
             known = _all_keys(Config, "")
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)
             raise UserError(f"unknown configuration key {prefix}{key}; did you mean {near[0]}?")
+        default = sections[key].default
+        if isinstance(default, tuple) and isinstance(value, list) and len(value) != len(default):
+            raise UserError(f"{prefix}{key}={value}: expected {len(default)} numbers")  # OmegaConf does not name the key
         factory: Any = sections[key].default_factory
         inner = type(factory()) if callable(factory) else None
         if inner is not None and is_dataclass(inner):

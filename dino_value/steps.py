@@ -67,7 +67,7 @@ def teacher_targets(teacher: Learner, large: Tensor, loss: DINOLoss, temperature
 
 def ssl_loss(student: Learner, views: Views, loss: DINOLoss, targets: Tensor) -> Tensor:
     """L_pre on detached views: a scalar."""
-    return loss(student(*views).unflatten(0, (-1, views.batch)).float(), targets)
+    return loss(student(*views).unflatten(0, (-1, views.batch)), targets)
 
 
 class SSLTask:

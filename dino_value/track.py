@@ -68,8 +68,10 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; a line torn by a kill is left out."""
-    rows = []
+    """The rows of a run's metrics.jsonl, if it has any; a line torn by a kill is left out."""
+    rows: list[dict[str, float]] = []
+    if not (folder / METRICS_NAME).exists():
+        return rows
     for line in (folder / METRICS_NAME).read_text().splitlines():
         try:
             rows.append(json.loads(line))

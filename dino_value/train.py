@@ -32,7 +32,7 @@ from dino_value.feedback import downstream_gradient, fit_head, open_feedback
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.optim import cosine_schedule, linear_schedule, parameter_groups
 from dino_value.steps import Learner, SSLTask, Views, design_views, ssl_loss, teacher_targets, update_teacher
-from dino_value.track import Meters, MetricsFile, Reporter, environment
+from dino_value.track import Meters, MetricsFile, Reporter, environment, read_metrics
 from dino_value.value import DIRECTIONS, ENGINES, combine, last_blocks, matching, random_like, value_step
 
 
@@ -44,13 +44,13 @@ def train(config: Config, quiet: bool = False) -> Path:
         Interrupted: a signal asked to stop; everything is saved.
     """
     folder = Path(config.out)
-    prepare_folder(config, folder)
-    run = Run(config)
     newest = latest_checkpoint(folder / "checkpoints")
+    run = Run(config)
+    if newest is None and config.start_from is not None:
+        run.start_from(load_checkpoint(config.start_from))
+    prepare_folder(config, folder)  # after all that may refuse: a mistake leaves no folder behind
     if newest is not None:
         run.load_state_dict(load_checkpoint(newest))
-    elif config.start_from is not None:
-        run.start_from(load_checkpoint(config.start_from))
     if run.step >= config.steps:
         return folder
     (folder / "environment.json").write_text(json.dumps(environment(config.seed, run.device), indent=1))
@@ -96,7 +96,7 @@ class Run:
         for name, size in (("global", config.views.global_size), ("local", config.views.local_size)):
             if size % backbone.patch_size or size < backbone.patch_size:
                 raise UserError(f"views.{name}_size={size}: not a multiple of the patch size {backbone.patch_size}")
-        head = DINOHead(backbone.embed_dim, c.out_dim, c.hidden_dim, c.bottleneck_dim)
+        head = DINOHead(backbone.embed_dim, c.out_dim, c.hidden_dim, c.bottleneck_dim, c.batch_norm)
         self.student = Learner(backbone, head).to(self.device)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.loss = DINOLoss(c.out_dim, c.student_temp, c.center_momentum).to(self.device)
@@ -119,6 +119,12 @@ class Run:
         except ValueError as error:
             raise UserError(f"value.scope: {error}") from None
         torch.manual_seed(key(config.seed, "designer"))
+        before = [name for name in self.scope.names if not name.startswith(("model.blocks.", "model.norm."))]
+        if before:
+            raise UserError(f"value.scope.patterns: {before[0]} lies before the blocks; choose parameters of blocks and norm")
+        sizes = [config.views.global_size] + [config.views.local_size] * (d.crops == "all")
+        if any(size % d.stride for size in sizes):
+            raise UserError(f"designer.stride={d.stride}: must divide the views' sizes {sizes}")
         self.designer = DESIGNERS[d.name](d.width, d.depth, d.stride, d.keep_ratio).to(self.device)
         self.designer_optimizer = torch.optim.AdamW(self.designer.parameters(), lr=d.lr, weight_decay=0.0, fused=True)
         self.feedback = open_feedback(config, backbone.embed_dim, self.device)
@@ -131,9 +137,6 @@ class Run:
     def learner_update(self, large: Tensor, small: Tensor) -> None:
         """One step of Algorithm 1 on an unlabeled batch, uint8 [2 B 3 H W] and [N B 3 h w]."""
         config, o = self.config, self.config.optim
-        torch.manual_seed(
-            key(config.seed, "step", self.step)
-        )  # stochastic depth: a function of the step, like the data
         views = self.make_views(large, small, "learner", self.step)
 
         since = self.step - config.value.burn_in
@@ -151,6 +154,8 @@ class Run:
             seen = learned.large if config.designer.teacher_views == "masked" else views.large
             targets, logits = teacher_targets(self.teacher, seen, self.loss, self.teacher_temperature())
 
+        # Stochastic depth is a function of the step, like the data, and the same in every arm.
+        torch.manual_seed(key(config.seed, "step", self.step))
         with self.autocast():
             loss = ssl_loss(self.student, learned, self.loss, targets)
         self.optimizer.zero_grad()
@@ -160,7 +165,7 @@ class Run:
         if self.step < o.freeze_backbone:
             self.student.backbone.zero_grad()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), o.clip)
-        self.check_finite(loss=loss, gradient_norm=gradient_norm)
+        self.check_finite(self.stream, self.step, loss=loss, gradient_norm=gradient_norm)
         self.set_schedules()
         self.optimizer.step()
         self.loss.update_center(logits)
@@ -174,6 +179,8 @@ class Run:
         """One step of φ on −V + λR, on labelled train and meta batches and an unlabeled meta batch of their own."""
         config, number = self.config, self.designer_updates
         d = config.designer
+        torch.manual_seed(key(config.seed, "designer step", number))
+        self.student.eval()  # stochastic depth would make every pass, and both ends of a difference, another function
         views = self.make_views(*self.meta_stream.batch(number), "meta", number)
         with self.autocast():
             for task in self.feedback:
@@ -208,14 +215,17 @@ class Run:
             direction = DIRECTIONS[config.value.direction]
             found_value = value_step(ssl, parameters, g_down, direction, self.engine, phi, penalty, hidden)
         designer_norm = torch.nn.utils.clip_grad_norm_(phi, config.optim.clip)
-        self.check_finite(value=found_value.value, designer_gradient_norm=designer_norm)
+        feedback = {f"loss_{task.kind}": loss for task, loss in zip(self.feedback, losses, strict=True)}
+        terms = {**feedback, "value": found_value.value, "designer_gradient_norm": designer_norm}
+        self.check_finite(self.meta_stream, number, **terms)
         self.designer_optimizer.step()
+        self.student.train()
         self.designer_updates += 1
         self.meters.add(
             **found_value._asdict(),
             designer_gradient_norm=designer_norm,
             mask_spread=ssl.masks.detach().std((-1, -2)).mean(),
-            **{f"loss_{task.kind}": loss for task, loss in zip(self.feedback, losses, strict=True)},
+            **feedback,
         )
 
     def make_views(self, large: Tensor, small: Tensor, name: str, number: int) -> Views:
@@ -225,17 +235,17 @@ class Run:
         views = augment(large, small, self.config.views, self.config.seed, name, number)
         return Views(*(self.student.backbone.normalise(group) for group in views))
 
-    def check_finite(self, **terms: Tensor) -> None:
-        """Stop before a step that is not finite is applied.
+    def check_finite(self, stream: Stream, number: int, **terms: Tensor) -> None:
+        """Stop before a step that is not finite is applied; its views came from batch `number` of `stream`.
 
         Raises:
             UserError: naming the terms, the step and the batch.
         """
         bad = [name for name, value in terms.items() if not torch.isfinite(value)]
         if bad:
-            batch = self.stream.indices(self.step).tolist()
+            batch = stream.indices(number).tolist()
             raise UserError(
-                f"step {self.step}: {' and '.join(bad)} not finite; nothing was applied. Batch: images "
+                f"step {self.step}: {' and '.join(bad)} not finite; nothing was applied. Batch {number} of {stream.name}: images "
                 f"{batch[:8]}{' …' if len(batch) > 8 else ''} of the sorted list. Lower optim.lr or raise teacher_temp"
             )
 
@@ -377,8 +387,11 @@ def prepare_folder(config: Config, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         saved = folder / "config.yaml"
         if saved.exists():
-            differences = _differences(OmegaConf.load(saved), OmegaConf.structured(config))
-            if differences:
+            now = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))  # tuples become lists, as in the file
+            differences = _differences(OmegaConf.load(saved), now)
+            # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
+            begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)
+            if differences and begun:
                 raise UserError(
                     f"out={folder} holds a run with other settings ({'; '.join(differences[:4])}); choose another out="
                 )
@@ -402,7 +415,7 @@ def _differences(old: Any, new: Any) -> list[str]:
     before, after = flat(OmegaConf.to_container(old)), flat(OmegaConf.to_container(new))
     return [
         f"{name}: {before.get(name)} there, {after.get(name)} now"
-        for name in sorted({*before, *after})
+        for name in sorted({*before, *after} - {"out"})  # a folder may be moved, or named by another path
         if before.get(name) != after.get(name)
     ]
 

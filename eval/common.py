@@ -1,7 +1,7 @@
 """What the evaluations share: frozen features, head training, the command line, results.json.
 
 An evaluation is a pure function of (backbone, sources, options): nothing here reads or moves a global random
-state.
+state. On CUDA it repeats to rounding only, because bilinear upsampling adds its gradients in no fixed order.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def check_inputs(
-    backbone: Backbone, sources: Sequence[LabelledSource], kind: str, options: HeadOptions
-) -> None:
+def check_inputs(backbone: Backbone, sources: Sequence[LabelledSource], kind: str, options: HeadOptions) -> None:
     """Refuse what cannot work, before anything is computed.
 
     Raises:
@@ -197,9 +195,7 @@ def training_batches(
         yield extractor(images), torch.stack(raw).to(extractor.device)
 
 
-def _cache(
-    extractor: FrozenBackbone, dataset: LabelledDataset, options: HeadOptions
-) -> tuple[Tensor, Tensor] | None:
+def _cache(extractor: FrozenBackbone, dataset: LabelledDataset, options: HeadOptions) -> tuple[Tensor, Tensor] | None:
     """Features and compact targets of a whole set, in order, in RAM; None where they exceed the budget."""
     image, target = dataset[0, 0]
     samples = extractor(image[None])[0].cpu(), _compact(target)
@@ -225,10 +221,7 @@ def _cache(
 def ordered_keys(count: int, batch: int) -> list[list[tuple[int, int]]]:
     """Every position once, in order, in chunks for one forward pass."""
     batch = max(batch, 32)  # a head's step may be small; a forward pass need not be
-    return [
-        [(position, 0) for position in range(start, min(start + batch, count))]
-        for start in range(0, count, batch)
-    ]
+    return [[(position, 0) for position in range(start, min(start + batch, count))] for start in range(0, count, batch)]
 
 
 def _compact(target: Tensor) -> Tensor:
@@ -297,9 +290,7 @@ def fit_head(
         ),
     )
     head.train()
-    for features, target in track(
-        batches, "head", total=options.steps, disable=not options.progress, transient=True
-    ):
+    for features, target in track(batches, "head", total=options.steps, disable=not options.progress, transient=True):
         optimizer.zero_grad(set_to_none=True)
         loss(head(features), target).backward()
         nn.utils.clip_grad_norm_(head.parameters(), options.clip)
@@ -308,9 +299,7 @@ def fit_head(
     # Once, at the end: a non-finite step stays in the weights, and a check at each step would wait for the
     # device.
     if not all(bool(value.isfinite().all()) for value in head.state_dict().values()):
-        raise UserError(
-            f"the head's weights became infinite or NaN: lower the learning rate ({options.lr:g})"
-        )
+        raise UserError(f"the head's weights became infinite or NaN: lower the learning rate ({options.lr:g})")
     return head.eval()
 
 
@@ -334,21 +323,15 @@ def format_size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def build_parser(
-    name: str, description: str, defaults: HeadOptions, heads: Sequence[str]
-) -> argparse.ArgumentParser:
+def build_parser(name: str, description: str, defaults: HeadOptions, heads: Sequence[str]) -> argparse.ArgumentParser:
     """The flags that every evaluation has; its defaults are the published protocol."""
     parser = argparse.ArgumentParser(
         f"dino-value eval {name}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "run_or_weights", metavar="RUN_OR_WEIGHTS", help="a run folder, or a .safetensors or .pth file"
-    )
-    parser.add_argument(
-        "--data", required=True, help='root of the data set, or "scenes" for the embedded one'
-    )
+    parser.add_argument("run_or_weights", metavar="RUN_OR_WEIGHTS", help="a run folder, or a .safetensors or .pth file")
+    parser.add_argument("--data", required=True, help='root of the data set, or "scenes" for the embedded one')
     parser.add_argument("--out", required=True, type=Path, help="folder that gets results.json")
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
     parser.add_argument("--head", default=defaults.head, choices=heads)
@@ -361,15 +344,9 @@ def build_parser(
     parser.add_argument("--steps", default=defaults.steps, type=int, help="head updates")
     parser.add_argument("--batch", default=defaults.batch, type=int, help="images per head update")
     parser.add_argument("--lr", default=defaults.lr, type=float, help="the head's peak learning rate")
-    parser.add_argument(
-        "--seed", default=defaults.seed, type=int, help="of the head and the order of the data"
-    )
-    parser.add_argument(
-        "--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present"
-    )
-    parser.add_argument(
-        "--augment", action="store_true", help="mirror at random; features are computed each step"
-    )
+    parser.add_argument("--seed", default=defaults.seed, type=int, help="of the head and the order of the data")
+    parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present")
+    parser.add_argument("--augment", action="store_true", help="mirror at random; features are computed each step")
     parser.add_argument("--cache-gb", default=defaults.cache_gb, type=float, help="RAM for frozen features")
     parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images")
     return parser
@@ -394,10 +371,10 @@ def run(
     options = replace(defaults, progress=True, **{k: v for k, v in vars(arguments).items() if k in known})
     if pick_device(options.device).type == "cpu":
         torch.set_flush_denormal(True)
-    prepare_folder(arguments.out)
     backbone = load_backbone(arguments.run_or_weights, model=arguments.model, img_size=max(options.size))
     training = open_labelled(layout, arguments.data, "training")
     validation = open_labelled(layout, arguments.data, "validation")
+    prepare_folder(arguments.out)
 
     start = time.perf_counter()
     metrics = evaluate(backbone, training, validation, options)
@@ -405,9 +382,7 @@ def run(
 
     nested: dict[str, Any] = {}
     for key, value in metrics.items():
-        number = (
-            value if math.isfinite(value) else None
-        )  # JSON has no NaN: a class that appears nowhere is null
+        number = value if math.isfinite(value) else None  # JSON has no NaN: a class that appears nowhere is null
         head, slash, tail = key.partition("/")
         if slash:
             nested.setdefault(head, {})[tail] = number
@@ -426,7 +401,8 @@ def run(
             "torch": torch.__version__,
         },
     )
-    print_table(f"{name}: {arguments.run_or_weights} on {arguments.data}", metrics)
+    print(f"{name}: {arguments.run_or_weights} on {arguments.data}")
+    print_table({key: value for key, value in metrics.items() if "/" not in key})
     return EXIT_DONE
 
 
@@ -434,8 +410,8 @@ def _describe(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def print_table(title: str, metrics: Mapping[str, float]) -> None:
-    table = Table("metric", "value", title=title)
+def print_table(metrics: Mapping[str, float]) -> None:
+    table = Table("metric", "value")
     for key, value in metrics.items():
         table.add_row(key, "–" if math.isnan(value) else f"{value:.4f}")
     Console().print(table)

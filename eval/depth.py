@@ -97,9 +97,7 @@ def mean_depth(source: LabelledSource, most: int = 64) -> float:
         UserError: they hold no valid depth.
     """
     stride = -(-len(source) // most)
-    valid = torch.cat(
-        [depth[depth > 0] for depth in (source.load(i)[1] for i in range(0, len(source), stride))]
-    )
+    valid = torch.cat([depth[depth > 0] for depth in (source.load(i)[1] for i in range(0, len(source), stride))])
     if not valid.numel():
         raise UserError(f"{source.name(0)} and others: no valid depth in the training split")
     return float(valid.double().mean())
@@ -151,9 +149,7 @@ def depth_metrics(prediction: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 def main(argv: Sequence[str]) -> int:
     """The command; see `--help`."""
     parser = common.build_parser("depth", "Depth on frozen features.", DepthOptions(), list(HEADS))
-    parser.add_argument(
-        "--no-eigen-crop", dest="eigen_crop", action="store_false", help="score the whole image"
-    )
+    parser.add_argument("--no-eigen-crop", dest="eigen_crop", action="store_false", help="score the whole image")
     return common.run("depth", "nyuv2", evaluate, DepthOptions(), parser.parse_args(argv))
 
 

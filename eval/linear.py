@@ -69,9 +69,7 @@ def evaluate(
             options.seed,
         )
         head.to(extractor.device)
-        common.fit_head(
-            head, classification_loss, common.training_batches(extractor, train_source, options), options
-        )
+        common.fit_head(head, classification_loss, common.training_batches(extractor, train_source, options), options)
         hits, loss = (torch.zeros((), dtype=torch.float64, device=extractor.device) for _ in range(2))
         with torch.no_grad():
             for features, targets in common.validation_batches(extractor, val_source, options):
@@ -84,12 +82,8 @@ def evaluate(
 
 def main(argv: Sequence[str]) -> int:
     """The command; see `--help`."""
-    parser = common.build_parser(
-        "linear", "Linear classification on frozen features.", LinearOptions(), list(HEADS)
-    )
-    parser.add_argument(
-        "--pool", default="cls", choices=list(POOLS), help="class token, or mean of the patch tokens"
-    )
+    parser = common.build_parser("linear", "Linear classification on frozen features.", LinearOptions(), list(HEADS))
+    parser.add_argument("--pool", default="cls", choices=list(POOLS), help="class token, or mean of the patch tokens")
     return common.run("linear", "imagefolder", evaluate, LinearOptions(), parser.parse_args(argv))
 
 

@@ -55,21 +55,15 @@ def evaluate(
     common.check_inputs(backbone, (train_source, val_source), "seg", options)
     classes = train_source.num_classes
     with common.frozen(backbone, read_map, options) as extractor:
-        head = common.seeded(
-            lambda: build_head(HEADS[options.head], backbone.embed_dim, classes), options.seed
-        )
+        head = common.seeded(lambda: build_head(HEADS[options.head], backbone.embed_dim, classes), options.seed)
         head.to(extractor.device)
-        common.fit_head(
-            head, segmentation_loss, common.training_batches(extractor, train_source, options), options
-        )
+        common.fit_head(head, segmentation_loss, common.training_batches(extractor, train_source, options), options)
         confusion = torch.zeros(classes, classes, dtype=torch.int64, device=extractor.device)
         loss, pixels = (torch.zeros((), dtype=torch.float64, device=extractor.device) for _ in range(2))
         with torch.no_grad():
             for features, targets in common.validation_batches(extractor, val_source, options):
                 for logits, labels in common.same_size_runs(head(features), targets):
-                    logits = F.interpolate(
-                        logits, size=labels.shape[-2:], mode="bilinear", align_corners=False
-                    )
+                    logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
                     valid = (labels != IGNORE).sum()
                     loss += segmentation_loss(logits, labels).double() * valid
                     pixels += valid

@@ -54,9 +54,7 @@ def depth_loss(prediction: Tensor, depth: Tensor, kind: Literal["l1", "l2"] = "l
     """
     if kind not in ("l1", "l2"):
         raise ValueError(f"unknown depth loss {kind!r}; choose l1 or l2")
-    prediction = F.interpolate(
-        prediction, size=depth.shape[-2:], mode="bilinear", align_corners=False
-    ).squeeze(1)
+    prediction = F.interpolate(prediction, size=depth.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
     valid = depth > 0
     error = torch.where(valid, prediction - depth, 0)
     total = error.abs().sum() if kind == "l1" else error.square().sum()

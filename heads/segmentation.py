@@ -30,12 +30,8 @@ class ConvSegHead(nn.Module):
 
     def __init__(self, dim: int, classes: int, width: int = 128) -> None:
         super().__init__()
-        self.coarse = nn.Sequential(
-            nn.Conv2d(dim, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()
-        )
-        self.fine = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU()
-        )
+        self.coarse = nn.Sequential(nn.Conv2d(dim, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU())
+        self.fine = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.GELU())
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -33,22 +33,16 @@ class ADE20K:
 
     kind: Kind = "seg"
 
-    def __init__(
-        self, root: str | Path, split: Split, group_pattern: str | None = None, neighbours: int = 1
-    ) -> None:
+    def __init__(self, root: str | Path, split: Split, group_pattern: str | None = None, neighbours: int = 1) -> None:
         root = Path(root)
         images, annotations = root / "images" / split, root / "annotations" / split
         for folder in (root, images, annotations):
             if not folder.is_dir():
-                raise UserError(
-                    f"{folder}: no such folder; expected the ADEChallengeData2016 layout under {root}"
-                )
+                raise UserError(f"{folder}: no such folder; expected the ADEChallengeData2016 layout under {root}")
         self.class_names = read_class_names(root / INFO_NAME)
         self.num_classes = len(self.class_names)
         self._images = list_images(images)
-        self._annotations = [
-            annotations / path.relative_to(images).with_suffix(".png") for path in self._images
-        ]
+        self._annotations = [annotations / path.relative_to(images).with_suffix(".png") for path in self._images]
         for image, annotation in zip(self._images, self._annotations, strict=True):
             if not annotation.is_file():
                 raise UserError(f"{image}: its annotation {annotation} is missing")

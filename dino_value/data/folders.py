@@ -71,9 +71,7 @@ def read_image(path: str | Path) -> Tensor:
                 upright = upright.convert("RGBA")
             pixels = np.array(upright.convert("RGB"))
     except _DECODE_ERRORS as error:
-        raise UserError(
-            f"{path}: cannot be read as an image ({_one_line(error)}); replace or remove it"
-        ) from None
+        raise UserError(f"{path}: cannot be read as an image ({_one_line(error)}); replace or remove it") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

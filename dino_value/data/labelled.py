@@ -162,9 +162,7 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     if image.shape[-2:] == size:
         return image
     # In float32 and rounded once: the uint8 kernel differs between CPU instruction sets.
-    resized = F.interpolate(
-        image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True
-    )
+    resized = F.interpolate(image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True)
     return resized[0].round_().clamp_(0, 255).to(torch.uint8)
 
 

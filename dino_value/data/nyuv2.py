@@ -63,9 +63,7 @@ class NYUv2:
         # An HDF5 handle must not cross a fork: keep one for this process only.
         if self._handle is None or self._handle[0] != os.getpid():
             if not self._path.is_file():
-                raise UserError(
-                    f"{self._path}: no such file; the folder must hold {MAT_NAME} and {SPLITS_NAME}"
-                )
+                raise UserError(f"{self._path}: no such file; the folder must hold {MAT_NAME} and {SPLITS_NAME}")
             try:
                 self._handle = os.getpid(), h5py.File(self._path, "r")
             except OSError as error:
@@ -104,9 +102,7 @@ def _read_split(path: Path, split: Split, count: int) -> list[int]:
     """The zero-based indices of a split, from MATLAB's one-based ones."""
     key = "trainNdxs" if split == "training" else "testNdxs"
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; it comes with {MAT_NAME} and says which images are for training"
-        )
+        raise UserError(f"{path}: no such file; it comes with {MAT_NAME} and says which images are for training")
     try:
         indices = loadmat(path)[key].reshape(-1).astype(np.int64) - 1
     except KeyError:
@@ -123,8 +119,6 @@ def _read_scenes(file: h5py.File, path: Path) -> list[str] | None:
     if "scenes" not in file:
         return None
     try:
-        return [
-            "".join(map(chr, file[reference][()].reshape(-1))) for reference in file["scenes"][()].reshape(-1)
-        ]
+        return ["".join(map(chr, file[reference][()].reshape(-1))) for reference in file["scenes"][()].reshape(-1)]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its scenes cannot be read ({error})") from None

@@ -77,13 +77,19 @@ class Stream:
             # A fork copies locks and threads of the parent in whatever state they are in.
             multiprocessing_context="forkserver",
         )
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
 
 
-class _Steps(Dataset[tuple[Tensor, ...]]):
+class _Steps(Dataset["tuple[Tensor, ...] | UserError"]):
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
 
-    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+    def __getitem__(self, step: int) -> tuple[Tensor, ...] | UserError:
         torch.set_num_threads(1)
-        return self.stream.batch(step)
+        try:
+            return self.stream.batch(step)
+        except UserError as error:  # handed over as it is: the loader would wrap its message in a traceback
+            return error

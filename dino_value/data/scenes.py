@@ -121,10 +121,10 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def _print_code(rng: np.random.Generator, image: np.ndarray, cells: int = 5, copies: int = 5) -> np.ndarray:
-    """Print one 5 × 5-cell code, the image's own, at several places; return where."""
+def _print_code(rng: np.random.Generator, image: np.ndarray, cells: int = 4, copies: int = 4) -> np.ndarray:
+    """Print one 4 × 4-cell code, the image's own, at several places; return where."""
     size = image.shape[0]
-    cell = max(1, size // 32)
+    cell = max(1, 3 * size // 64)
     stamp = np.kron(rng.integers(0, 2, size=(cells, cells)), np.ones((cell, cell)))[..., None]
     where = np.zeros((size, size), dtype=bool)
     for _ in range(copies):

@@ -14,15 +14,22 @@ class DINOHead(nn.Module):
     is the same function with the same gradient.
     """
 
-    def __init__(self, dim: int, out_dim: int = 8192, hidden_dim: int = 2048, bottleneck_dim: int = 256) -> None:
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int = 8192,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        batch_norm: bool = False,
+    ) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
+
+        def hidden(inputs: int) -> list[nn.Module]:
+            # Statistics of the batch alone: no running buffers, so the head stays a pure function of its parameters.
+            norm: list[nn.Module] = [nn.BatchNorm1d(hidden_dim, track_running_stats=False)] if batch_norm else []
+            return [nn.Linear(inputs, hidden_dim), *norm, nn.GELU()]
+
+        self.mlp = nn.Sequential(*hidden(dim), *hidden(hidden_dim), nn.Linear(hidden_dim, bottleneck_dim))
         self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
         for layer in self.modules():
             if isinstance(layer, nn.Linear) and layer is not self.last_layer:
@@ -47,13 +54,15 @@ class DINOLoss(nn.Module):
 
     def targets(self, teacher_logits: Tensor, temperature: float) -> Tensor:
         """Teacher logits [2 B K] to probabilities [2 B K], with the centre of the steps before."""
-        return F.softmax((teacher_logits.float() - self.center) / temperature, dim=-1)
+        return F.softmax((teacher_logits.to(self.center.dtype) - self.center) / temperature, dim=-1)
 
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """Student logits [V B K], whose first two views are the teacher's, and targets [2 B K], to a scalar."""
-        log_probabilities = F.log_softmax(student_logits / self.student_temp, dim=-1)
         views, images, _ = student_logits.shape
-        pairs = -torch.einsum("tbk,vbk->tv", targets, log_probabilities) / images
+        # Autocast would take the sums of this product in bfloat16.
+        with torch.autocast(student_logits.device.type, enabled=False):
+            log_probabilities = F.log_softmax(student_logits.to(targets.dtype) / self.student_temp, dim=-1)
+            pairs = -torch.einsum("tbk,vbk->tv", targets, log_probabilities) / images
         # A view is never matched with itself.
         same = torch.eye(targets.shape[0], views, dtype=torch.bool, device=pairs.device)
         return pairs.masked_fill(same, 0).sum() / (targets.shape[0] * (views - 1))
@@ -61,4 +70,5 @@ class DINOLoss(nn.Module):
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
         """EMA of the teacher's mean logits [2 B K] (eq. 4); after the loss that used the old one."""
-        self.center.lerp_(teacher_logits.float().flatten(0, -2).mean(0, keepdim=True), 1 - self.center_momentum)
+        logits = teacher_logits.to(self.center.dtype).flatten(0, -2)
+        self.center.lerp_(logits.mean(0, keepdim=True), 1 - self.center_momentum)

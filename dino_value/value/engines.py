@@ -45,12 +45,12 @@ def double_backward(
 
     Flash and memory-efficient attention have no second derivative, so the tail runs on the math kernel.
     """
+    _require_graph(hidden)
     leaves = [value.detach().requires_grad_() for value in parameters.values()]
     with full_precision(hidden), sdpa_kernel(SDPBackend.MATH):
         loss = task.tail(full(hidden), with_values(parameters, leaves))
         gradient = list(torch.autograd.grad(loss, leaves, create_graph=True))
         value = inner(u, gradient)
-        _require_graph(value)
         objective = -value if penalty is None else penalty - value
         objective.backward(inputs=list(phi))
     return value.detach()
@@ -71,6 +71,7 @@ def finite_difference(
     so it may use flash attention, compilation and checkpointing. The moved parameters are new tensors: adding and
     subtracting in place drifts in low precision.
     """
+    _require_graph(hidden)
     epsilon = radius / norm(u).clamp_min(1e-20)
     step = torch._foreach_mul(u, epsilon)
     base = list(parameters.values())
@@ -82,8 +83,6 @@ def finite_difference(
         if state.requires_grad and plus is not None and minus is not None:
             outputs.append(state)
             cotangents.append(((minus - plus) / (2 * epsilon)).to(state.dtype))
-    if not outputs:
-        raise ValueError("the loss does not depend on the designer: no tensor of task.trunk() carries its graph")
     if penalty is not None:
         outputs.append(penalty)
         cotangents.append(None)
@@ -122,8 +121,9 @@ def full(hidden: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(state.float() if state.dtype in low else state for state in hidden)
 
 
-def _require_graph(value: Tensor) -> None:
-    if not value.requires_grad:
+def _require_graph(hidden: tuple[Tensor, ...]) -> None:
+    # V itself always has a graph, to θ_S: only the trunk's output tells.
+    if not any(state.requires_grad for state in hidden):
         raise ValueError("the loss does not depend on the designer: no tensor of task.trunk() carries its graph")
 
 

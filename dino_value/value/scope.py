@@ -43,20 +43,26 @@ def last_blocks(module: nn.Module, count: int, after: Sequence[str] = ("norm",))
     root = next(name[: found.start()] for name in names if (found := _BLOCK.search(name)))
     prefix = f"{re.escape(root)}\\." if root else ""
     trailing = "|".join(re.escape(name) for name in after)
-    return matching(module, [rf"^{prefix}blocks\.({block})\.", rf"^{prefix}({trailing})\."], after)
+    patterns = [rf"^{prefix}blocks\.({block})\.", rf"^{prefix}({trailing})\."]
+    # Some models end without a norm of their own.
+    return matching(module, [pattern for pattern in patterns if any(re.search(pattern, name) for name in names)], after)
 
 
 def matching(module: nn.Module, patterns: Iterable[str], after: Sequence[str] = ("norm",)) -> Scope:
     """The parameters whose names match any of the regular expressions `patterns`.
 
     Raises:
-        ValueError: a pattern that matches nothing; near names are listed.
+        ValueError: a pattern that is not a regular expression, or matches nothing; near names are listed.
     """
     names = [name for name, _ in module.named_parameters()]
     chosen: set[str] = set()
     for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"scope pattern {pattern!r} is not a regular expression: {error}") from None
         hits = [name for name in names if re.search(pattern, name)]
-        if not hits and not pattern.startswith("^"):
+        if not hits:
             plain = re.sub(r"[^\w.]", "", pattern)
             near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3) or names[-3:]
             raise ValueError(f"scope pattern {pattern!r} matches no parameter; near names: {', '.join(near)}")

@@ -34,7 +34,7 @@ def ade_root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def nyu_root(tmp_path: Path) -> Path:
-    """NYUv2 with 4 images 5 wide × 3 high; images 1 and 4 train, image 2 tests; pixel values tell where they are."""
+    """NYUv2 with 4 images 5 wide × 3 high: 1 and 4 train, 2 tests. Values tell their row and column."""
     root = tmp_path / "nyu"
     root.mkdir()
     row, column = np.mgrid[0:3, 0:5]

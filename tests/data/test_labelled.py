@@ -22,9 +22,7 @@ from dino_value.errors import UserError
 def depth_source(count: int = 4, height: int = 4, width: int = 6) -> LabelledTensors:
     """Image and depth both rise by one a column, so that any misalignment shows."""
     ramp = torch.arange(1, width + 1).expand(height, width)
-    return LabelledTensors(
-        "depth", ramp.to(torch.uint8).expand(count, 3, -1, -1), ramp.float().expand(count, -1, -1)
-    )
+    return LabelledTensors("depth", ramp.to(torch.uint8).expand(count, 3, -1, -1), ramp.float().expand(count, -1, -1))
 
 
 def test_pairs_must_match() -> None:
@@ -55,9 +53,7 @@ def test_targets_may_stay_as_they_are() -> None:
 def test_classes_are_cropped_at_the_centre() -> None:
     images = torch.zeros(1, 3, 4, 8, dtype=torch.uint8)
     images[..., 2:6] = 200
-    image, label = LabelledDataset(LabelledTensors("classes", images, torch.tensor([1]), "ab"), size=(4, 4))[
-        0, 0
-    ]
+    image, label = LabelledDataset(LabelledTensors("classes", images, torch.tensor([1]), "ab"), size=(4, 4))[0, 0]
     assert (image == 200).all()
     assert label == 1
 

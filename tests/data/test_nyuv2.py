@@ -39,18 +39,19 @@ def test_unknown_depth_is_zero(nyu_root: Path) -> None:
     assert (depth[:, 1:] > 0).all()
 
 
-def test_groups_are_neighbours_or_scenes(nyu_root: Path) -> None:
-    plain = NYUv2(nyu_root, "training", neighbours=2)
-    assert [plain.group(0), plain.group(1)] == ["0", "1"]
-    with h5py.File(
-        nyu_root / MAT, "a"
-    ) as file:  # MATLAB's cell array of strings: references to uint16 arrays
-        names = ["kitchen_0001", "kitchen_0001", "office_0002", "kitchen_0001"]
-        for index, name in enumerate(names):
+def test_groups_are_neighbours(nyu_root: Path) -> None:
+    source = NYUv2(nyu_root, "training", neighbours=3)
+    assert [source.group(0), source.group(1)] == ["0", "1"]
+
+
+def test_groups_are_scenes_where_the_file_names_them(nyu_root: Path) -> None:
+    with h5py.File(nyu_root / MAT, "a") as file:  # MATLAB's cell array of strings: references to uint16 arrays
+        for index, name in enumerate(["kitchen_0001", "office_0001", "office_0002", "kitchen_0001"]):
             file[f"#refs#/{index}"] = np.array([[ord(letter)] for letter in name], np.uint16)
-        file["scenes"] = np.array([[file[f"#refs#/{index}"].ref for index in range(4)]], dtype=h5py.ref_dtype)
-    named = NYUv2(nyu_root, "training")
-    assert [named.group(0), named.group(1)] == ["kitchen_0001", "kitchen_0001"]
+        references = [[file[f"#refs#/{index}"].ref for index in range(4)]]
+        file["scenes"] = np.array(references, dtype=h5py.ref_dtype)
+    source = NYUv2(nyu_root, "training")
+    assert [source.group(0), source.group(1)] == ["kitchen_0001", "kitchen_0001"]
 
 
 def test_pickles_and_crosses_processes(nyu_root: Path) -> None:

@@ -49,9 +49,7 @@ def test_unknown_head_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_eval_mode_is_differentiable_and_does_not_couple_images(
-    kind: str, generator: torch.Generator
-) -> None:
+def test_eval_mode_is_differentiable_and_does_not_couple_images(kind: str, generator: torch.Generator) -> None:
     head = build_head(kind, DIM, CLASSES)
     head(features(kind, generator))  # running statistics that are not the trivial ones
     before = {name: value.clone() for name, value in head.state_dict().items()}
@@ -114,6 +112,4 @@ def test_depth_is_positive_and_not_clamped() -> None:
 
 
 def test_classification_loss() -> None:
-    assert classification_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item() == pytest.approx(
-        math.log(4)
-    )
+    assert classification_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item() == pytest.approx(math.log(4))

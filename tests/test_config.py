@@ -1,0 +1,168 @@
+"""The typed configuration: what it takes, and what it says about what it does not take."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dino_value.config import CHOICES, Config, load_config, save_config
+from dino_value.designers import DESIGNERS
+from dino_value.errors import UserError
+from dino_value.heads import HEADS
+from dino_value.value import DIRECTIONS, ENGINES
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("out: runs/a\nmethod: baseline\ndata: {unlabeled: images}\noptim: {lr: 1.0e-4}\n")
+    return path
+
+
+def refusal(file: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_file_then_overrides(file: Path) -> None:
+    config = load_config(file, ["optim.lr=3e-4", "steps=7", "backbone.kwargs.depth=2", "views.blur_sigma=[0.1,0.5]"])
+    assert isinstance(config, Config)
+    assert (config.optim.lr, config.steps, config.method) == (3e-4, 7, "baseline")
+    assert config.backbone.kwargs == {"depth": 2}
+    assert tuple(config.views.blur_sigma) == (0.1, 0.5)
+    assert config.optim.weight_decay == 0.04  # a default
+
+
+def test_what_is_saved_loads_as_the_same(file: Path, tmp_path: Path) -> None:
+    config = load_config(file, ["value.scope.patterns=[a,b]", "backbone.kwargs={depth: 3}", "data.ade20k=x"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [
+        ("optm.lr=1", "optim.lr"),
+        ("optim.learning_rate=1", "optim."),
+        ("stpes=3", "steps"),
+        ("designer.keep_ration=0.4", "designer.keep_ratio"),
+        ("value.scope.block=2", "value.scope.blocks"),
+        ("feedback.seg.wieght=2", "feedback.seg.weight"),
+        ("data.unlabelled=x", "data.unlabeled"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(file: Path, typo: str, nearest: str) -> None:
+    message = refusal(file, typo)
+    assert f"unknown configuration key {typo.split('=')[0].split('.lr')[0]}" in message
+    assert f"did you mean {nearest}" in message
+
+
+def test_an_unknown_key_in_the_file(file: Path) -> None:
+    file.write_text("out: a\noptim:\n  lr: 1.0e-4\n  batchsize: 4\n")
+    assert "did you mean optim.batch_size?" in refusal(file)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps=many", "steps"),
+        ("optim.lr=fast", "optim.lr"),
+        ("optim=3", "optim: expected a section"),
+        ("views.global_scale=[1,2,3]", "views.global_scale=[1, 2, 3]: expected 2 numbers"),
+        ("steps", "write key=value"),
+        ("steps=0", "steps=0: must be at least 1"),
+        ("optim.batch_size=1", "optim.batch_size=1: must be at least 2"),
+        ("value.batch_size=1", "value.batch_size=1: must be at least 2"),
+        ("feedback.batch_size=1", "feedback.batch_size=1: must be at least 2"),
+        ("designer.keep_ratio=1", "designer.keep_ratio=1"),
+        ("objective.teacher_temp=0.2", "would not sharpen"),
+        ("method=values", "choose value, baseline, random"),
+        ("method=value", "needs labels: give data.ade20k=PATH"),
+        ("method=random", "needs labels"),
+        ("views.blur_sigma=[", "not valid YAML"),
+    ],
+)
+def test_bad_values(file: Path, override: str, said: str) -> None:
+    assert said in refusal(file, override)
+
+
+def test_a_missing_value_is_named(file: Path) -> None:
+    file.write_text("method: baseline\ndata: {unlabeled: images}\n")
+    assert "out" in refusal(file)
+    file.write_text("method: baseline\nout: a\n")
+    assert "data.unlabeled" in refusal(file)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_every_choice_is_checked(file: Path, key: str) -> None:
+    assert f"{key}=nonsense: choose {', '.join(CHOICES[key])}" in refusal(file, f"{key}=nonsense")
+
+
+def test_choices_are_the_registries() -> None:
+    assert set(CHOICES["designer.name"]) == set(DESIGNERS)
+    assert set(CHOICES["value.direction"]) == set(DIRECTIONS)
+    assert set(CHOICES["value.engine"]) == set(ENGINES)
+    for kind in ("seg", "depth"):
+        assert {f"{kind}_{name}" for name in CHOICES[f"feedback.{kind}.head"]} == {
+            name for name in HEADS if name.startswith(kind)
+        }
+
+
+def test_no_such_file_lists_the_packaged_ones() -> None:
+    with pytest.raises(UserError, match=r"no such configuration file; packaged ones: .*quickstart/arm"):
+        load_config("no/such")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2\n", "out: a\n\tmethod: b\n"])
+def test_files_that_are_not_configurations(file: Path, text: str) -> None:
+    file.write_text(text)
+    assert str(file) in refusal(file)
+
+
+def packaged() -> list[str]:
+    root = Path(str(resources.files("dino_value.configs")))
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", packaged())
+def test_packaged_configurations_load(name: str) -> None:
+    config = load_config(name, ["out=a", "data.unlabeled=b", "data.ade20k=c", "data.nyuv2=d"])
+    assert config.steps >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ade20k_vitb", (4.15e-6, 256, 4, 32, 2, "unet", 1.54e-4, 0.6, 0.131, 0.144, 1, 8)),
+        ("ade20k_vitl", (4.50e-5, 50, 4, 16, 4, "unet", 2.17e-4, 0.5, 0.196, 0.0399, 4, 1)),
+        ("nyuv2_vitb", (8.58e-6, 256, 8, 64, 3, "sit", 2.21e-4, 0.4, 0.111, 0.0417, 16, 2)),
+        ("nyuv2_vitl", (1.94e-6, 50, 2, 32, 4, "unet", 8.03e-4, 0.4, 0.401, 0.159, 32, 16)),
+    ],
+)
+def test_the_papers_selected_settings(name: str, expected: tuple[object, ...]) -> None:
+    c = load_config(f"paper/{name}", ["out=a", "data.unlabeled=b", "data.ade20k=c", "data.nyuv2=d"])
+    found = (
+        *(c.optim.lr, c.optim.batch_size, c.value.period, c.value.batch_size, c.value.scope.blocks),
+        *(c.designer.name, c.designer.lr, c.designer.keep_ratio, c.designer.lambda_spars, c.designer.lambda_tv),
+        *(c.feedback.seg.weight, c.feedback.depth.weight),
+    )
+    assert found == expected
+    assert (c.steps, c.optim.warmup, c.optim.clip, c.optim.weight_decay) == (20_000, 1000, 1.0, 0.04)
+    assert (c.objective.out_dim, c.objective.student_temp, c.objective.teacher_temp) == (8192, 0.1, 0.04)
+    assert (c.objective.center_momentum, c.objective.teacher_momentum) == (0.9, 0.996)
+    assert (c.feedback.seg.train, c.feedback.seg.meta) == (2000, 512)
+    assert (c.feedback.depth.train, c.feedback.depth.meta) == (512, 128)
+
+
+def test_every_default_is_a_value_that_yaml_holds() -> None:
+    """Nothing in the resolved configuration needs Python to be read."""
+    config = Config(out="a")
+    config.data.unlabeled = "b"
+    assert OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))).out == "a"

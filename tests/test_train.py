@@ -1,0 +1,489 @@
+"""The loop: what a run leaves, that it goes on where it stopped, and that arms differ in nothing but the method."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dino_value.backbones import load_backbone
+from dino_value.checkpoint import load_checkpoint
+from dino_value.config import Config, load_config
+from dino_value.data.sampling import Stream
+from dino_value.errors import Interrupted, UserError
+from dino_value.optim import cosine_schedule
+from dino_value.track import read_metrics
+from dino_value.train import Run, prepare_folder, train
+
+TIMING = ("images_per_second", "data_wait", "seconds")
+METHODS = ("value", "baseline", "random")
+
+
+def same(left: Any, right: Any) -> bool:
+    """Bit for bit, through dictionaries and lists."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in read_metrics(folder)]
+
+
+def steps(run: Run, count: int) -> Run:
+    for large, small in run.stream.iterate(run.step, run.step + count):
+        run.learner_update(large, small)
+    return run
+
+
+def learner(run: Run) -> dict[str, Any]:
+    """All that pretraining is made of: student, teacher, centre and the learner's optimizer."""
+    state = run.state_dict()
+    return {name: state[name] for name in ("step", "student", "teacher", "objective", "optimizer")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_run_folder(tiny: Callable[..., Config], method: str) -> None:
+    config = tiny(f"method={method}")
+    folder = train(config, quiet=True)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "backbone.safetensors",
+    }
+    assert load_config(folder / "config.yaml") == config
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step_00000002.pt", "step_00000004.pt"]
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["seed"] == 0
+    assert {"torch", "timm", "dino-value"} <= set(environment["packages"])
+    found = read_metrics(folder)
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert all({"loss", "gradient_norm", "teacher_entropy", "lr", "weight_decay"} <= row.keys() for row in found)
+    steered = {"value", "cosine", "g_down_norm", "g_pre_norm", "loss_seg", "loss_depth", "mask_spread"}
+    for row in found:
+        assert (steered <= row.keys()) == (method != "baseline" and row["step"] in (1, 3))
+        assert ("mask_mean" in row) == (method != "baseline")
+
+
+def test_the_weights_are_the_teachers_under_timms_names(tiny: Callable[..., Config]) -> None:
+    folder = train(tiny("method=baseline"), quiet=True)
+    state = load_checkpoint(folder)
+    weights = load_file(folder / "backbone.safetensors")
+    teacher = {
+        name.removeprefix("backbone.model."): value
+        for name, value in state["teacher"].items()
+        if name.startswith("backbone.")
+    }
+    assert same(weights, teacher)
+    assert not same(state["student"], state["teacher"])
+    assert same(dict(load_backbone(folder).model.state_dict()), teacher)
+
+
+# Everything that a resumed run could get wrong: head updates before the first designer step, the noise of the fill,
+# the random direction, stochastic depth, the meters of an interval that the stop cuts in two.
+RESUMED = {
+    "value": ["method=value"],
+    "baseline": ["method=baseline"],
+    "random": ["method=random", "value.direction=random"],
+    "noise, all crops, stochastic depth": [
+        "designer.fill=noise",
+        "designer.crops=all",
+        "designer.through_teacher=true",
+        "backbone.kwargs.drop_path_rate=0.3",
+    ],
+    "burn-in and warm-up": ["value.burn_in=3", "value.warmup=2", "value.period=3"],
+    "schedules and freezing": [
+        "optim.warmup=3",
+        "objective.freeze_last_layer=3",
+        "optim.freeze_backbone=1",
+        "objective.teacher_temp_start=0.02",
+        "objective.teacher_temp_warmup=5",
+        "optim.weight_decay_end=0.4",
+    ],
+    "SiT, cosine, reference engine": [
+        "designer.name=sit",
+        "designer.width=8",
+        "designer.stride=4",
+        "value.direction=cosine",
+        "value.engine=double_backward",
+        "backbone.attention=math",
+    ],
+}
+
+
+@pytest.mark.parametrize("overrides", RESUMED.values(), ids=RESUMED.keys())
+def test_two_halves_are_a_whole(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    common = ["steps=6", "log_every=2", "checkpoint.every=100", *overrides]
+    whole = train(tiny(f"out={tmp_path / 'whole'}", *common), quiet=True)
+    config = tiny(f"out={tmp_path / 'halves'}", *common)
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
+        train(config, quiet=True)
+    monkeypatch.undo()
+    halves = train(config, quiet=True)
+    assert same(load_checkpoint(whole), load_checkpoint(halves))
+    assert rows(whole) == rows(halves)
+    assert [row["step"] for row in rows(whole)] == [2, 4, 6]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """SIGTERM arrives while step number `step` is computed."""
+    update = Run.learner_update
+
+    def interrupted(self: Run, large: Tensor, small: Tensor) -> None:
+        if self.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, large, small)
+
+    monkeypatch.setattr(Run, "learner_update", interrupted)
+
+
+@pytest.mark.slow
+def test_workers_and_a_stop_change_nothing(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["steps=6", "checkpoint.every=100"]
+    alone = train(tiny(f"out={tmp_path / 'alone'}", *common), quiet=True)
+    config = tiny(f"out={tmp_path / 'workers'}", *common, "data.workers=2")
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        train(config, quiet=True)
+    monkeypatch.undo()
+    assert same(load_checkpoint(alone), load_checkpoint(train(config, quiet=True)))
+    assert rows(alone) == rows(tmp_path / "workers")
+
+
+def test_rows_after_the_checkpoint_are_dropped(tiny: Callable[..., Config]) -> None:
+    """A kill between checkpoints: the rows of the lost steps must not appear twice."""
+    config = tiny("method=baseline")
+    folder = train(config, quiet=True)
+    expected, state = rows(folder), load_checkpoint(folder)
+    (folder / "checkpoints" / "step_00000004.pt").unlink()
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # torn by the kill
+    train(config, quiet=True)
+    assert rows(folder) == expected
+    assert same(load_checkpoint(folder), state)
+
+
+def test_a_finished_run_stays_as_it_is(tiny: Callable[..., Config]) -> None:
+    folder = train(tiny("method=baseline"), quiet=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    train(tiny("method=baseline"), quiet=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_moved_run_goes_on(tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        train(tiny("method=baseline"), quiet=True)
+    monkeypatch.undo()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    train(tiny("method=baseline", f"out={tmp_path / 'moved'}"), quiet=True)
+    assert [row["step"] for row in rows(tmp_path / "moved")] == [1, 2, 3, 4]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(tiny: Callable[..., Config]) -> None:
+    first, again, other = (steps(Run(tiny(f"seed={seed}")), 2) for seed in (0, 0, 1))
+    assert same(first.state_dict(), again.state_dict())
+    assert not same(first.state_dict()["student"], other.state_dict()["student"])
+
+
+def record_views(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """The learner's augmented views, step by step, before any mask."""
+    seen = []
+    make = run.make_views
+
+    def recorded(large: Tensor, small: Tensor, name: str, number: int) -> Any:
+        views = make(large, small, name, number)
+        if name == "learner":
+            seen.append((views.large.clone(), views.small.clone()))
+        return views
+
+    monkeypatch.setattr(run, "make_views", recorded)
+    return seen
+
+
+def test_arms_begin_alike_and_see_the_same_views(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [Run(tiny(f"method={method}")) for method in METHODS]
+    assert all(same(learner(runs[0]), learner(run)) for run in runs[1:])
+    assert same(runs[0].designer.state_dict(), runs[2].designer.state_dict())
+    seen = [record_views(run, monkeypatch) for run in runs]
+    for run in runs:
+        steps(run, 3)
+    assert len(seen[0]) == 3
+    assert same(seen[0], seen[1])
+    assert same(seen[0], seen[2])
+    assert not same(learner(runs[0]), learner(runs[1]))  # while the arms did part
+
+
+@pytest.mark.parametrize("method", ["value", "random"])
+def test_before_burn_in_ends_an_arm_is_the_baseline(tiny: Callable[..., Config], method: str) -> None:
+    """Bit for bit, stochastic depth included."""
+    drop = "backbone.kwargs.drop_path_rate=0.3"
+    arm = steps(Run(tiny(f"method={method}", "value.burn_in=5", drop)), 4)
+    baseline = steps(Run(tiny("method=baseline", drop)), 4)
+    assert same(learner(arm), learner(baseline))
+    assert arm.designer_updates == 0
+
+
+def test_value_and_random_differ_in_the_direction_alone(tiny: Callable[..., Config]) -> None:
+    """Until φ has moved they fit the same heads and take the same first step of the head optimizers."""
+    value, random = (steps(Run(tiny(f"method={method}", "designer.lr=0")), 3) for method in ("value", "random"))
+    assert same(learner(value), learner(random))
+    assert same([t.state_dict() for t in value.feedback], [t.state_dict() for t in random.feedback])
+    for name in ("g_down_norm", "g_pre_norm", "loss_seg", "loss_depth"):
+        assert value.meters.read()[name] == pytest.approx(random.meters.read()[name], rel=1e-5)
+        value, random = (steps(Run(tiny(f"method={m}", "designer.lr=0")), 1) for m in ("value", "random"))
+
+
+def test_stochastic_depth_is_the_same_in_every_arm(tiny: Callable[..., Config]) -> None:
+    """Whole masks (keep nothing back) make value the baseline, unless its designer steps disturb the random state."""
+    drop = "backbone.kwargs.drop_path_rate=0.5"
+    value, baseline = Run(tiny("designer.lr=0", drop)), Run(tiny("method=baseline", drop))
+    torch.nn.init.constant_(value.designer.out.bias, 1e4)  # type: ignore[union-attr,arg-type]
+    assert same(learner(steps(value, 3)), learner(steps(baseline, 3)))
+    assert value.designer_updates == 2
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_both_engines_take_the_same_designer_step(tiny: Callable[..., Config], drop: float) -> None:
+    """With stochastic depth too: the value is measured on one function, not on four random ones."""
+    gradients = []
+    for engine in ("double_backward", "finite_difference"):
+        run = Run(tiny(f"value.engine={engine}", "backbone.attention=math", f"backbone.kwargs.drop_path_rate={drop}"))
+        run.designer_update()
+        gradients.append(torch.cat([p.grad.flatten() for p in run.designer.parameters() if p.grad is not None]))
+        assert run.student.training
+    assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], [1, 1, 2, 2, 3, 3]),
+        (["value.period=1"], [1, 2, 3, 4, 5, 6]),
+        (["value.burn_in=3"], [0, 0, 0, 1, 1, 2]),
+        (["value.burn_in=1", "value.warmup=4"], [0, 5, 5, 6, 6, 7]),
+    ],
+)
+def test_when_the_designer_is_updated(tiny: Callable[..., Config], overrides: list[str], expected: list[int]) -> None:
+    run = Run(tiny(*overrides))
+    assert [steps(run, 1).designer_updates for _ in range(6)] == expected
+
+
+def test_heads_warm_up_once_and_then_take_their_updates(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny("feedback.updates=3", "feedback.warmup=4"))
+    counts = [(steps(run, 1).feedback[0].train_count, run.feedback[0].meta_count) for _ in range(4)]
+    assert counts == [(7, 1), (7, 1), (10, 2), (10, 2)]
+
+
+def test_a_task_of_weight_zero_is_left_out(tiny: Callable[..., Config]) -> None:
+    assert [task.kind for task in Run(tiny("feedback.seg.weight=0")).feedback] == ["depth"]
+    with pytest.raises(UserError, match="no feedback left"):
+        Run(tiny("feedback.seg.weight=0", "feedback.depth.weight=0"))
+
+
+def test_the_teacher_is_the_moving_average_of_the_student(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny("method=baseline", "steps=10"))
+    expected = {name: value.clone() for name, value in run.teacher.named_parameters()}
+    for step in range(3):
+        steps(run, 1)
+        momentum = cosine_schedule(step, 10, 0.9, 1.0)
+        for name, value in run.student.named_parameters():
+            expected[name] = momentum * expected[name] + (1 - momentum) * value.detach()
+    for name, value in run.teacher.named_parameters():
+        torch.testing.assert_close(value, expected[name])
+        assert not value.requires_grad
+
+
+def test_learning_rate_and_weight_decay_follow_their_schedules(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny("method=baseline", "steps=8", "optim.warmup=3", "optim.weight_decay_end=0.4", "optim.lr_end=1e-5"))
+    decayed, plain = run.optimizer.param_groups
+    for step in range(8):
+        steps(run, 1)
+        assert decayed["lr"] == plain["lr"] == pytest.approx(cosine_schedule(step, 8, 1e-3, 1e-5, 3))
+        assert decayed["weight_decay"] == pytest.approx(cosine_schedule(step, 8, 0.04, 0.4))
+        assert plain["weight_decay"] == 0
+
+
+def test_the_last_layer_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny("method=baseline", "objective.freeze_last_layer=2"))
+    last, first = run.student.head.last_layer.weight, run.student.head.mlp[0].weight
+    before = last.clone(), first.clone()
+    steps(run, 2)
+    assert torch.equal(last, before[0])
+    assert not torch.equal(first, before[1])
+    steps(run, 1)
+    assert not torch.equal(last, before[0])
+
+
+def test_the_backbone_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny("method=baseline", "optim.freeze_backbone=2"))
+    before = {name: value.clone() for name, value in run.student.backbone.state_dict().items()}
+    head = run.student.head.mlp[0].weight.clone()
+    steps(run, 2)
+    assert same(dict(run.student.backbone.state_dict()), before)
+    assert not torch.equal(run.student.head.mlp[0].weight, head)
+    steps(run, 1)
+    assert not same(dict(run.student.backbone.state_dict()), before)
+
+
+def test_gradients_are_clipped(tiny: Callable[..., Config]) -> None:
+    run = steps(Run(tiny("method=baseline", "optim.clip=1e-3")), 1)
+    norm = torch.cat([p.grad.flatten() for p in run.student.parameters() if p.grad is not None]).norm().item()
+    assert norm == pytest.approx(1e-3, rel=1e-3)
+    assert run.meters.read()["gradient_norm"] > 1e-2  # what is logged is the norm before
+
+
+def test_start_from_takes_the_teacher_of_another_run(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    first = train(tiny("method=baseline", f"out={tmp_path / 'first'}"), quiet=True)
+    state = load_checkpoint(first)
+    for source in (first, first / "checkpoints" / "step_00000004.pt"):
+        run = Run(tiny(f"start_from={source}"))
+        run.start_from(load_checkpoint(source))
+        assert same(dict(run.student.state_dict()), state["teacher"])
+        assert same(dict(run.teacher.state_dict()), state["teacher"])
+        assert same(run.loss.state_dict(), state["objective"])
+        assert run.step == 0
+    second = train(tiny(f"start_from={first}", "steps=1"), quiet=True)
+    assert load_checkpoint(second)["step"] == 1
+
+
+def test_start_from_another_architecture(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    first = train(tiny("method=baseline", f"out={tmp_path / 'first'}"), quiet=True)
+    with pytest.raises(UserError, match="of another architecture than backbone and objective"):
+        train(tiny("method=baseline", f"start_from={first}", "objective.out_dim=20"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+# Not finite: nothing is applied, and the message says what, when and where
+
+
+def spoil(run: Run) -> None:
+    with torch.no_grad():
+        run.student.head.mlp[0].weight.fill_(float("nan"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_applied(tiny: Callable[..., Config]) -> None:
+    run = steps(Run(tiny("method=baseline")), 1)
+    spoil(run)
+    before = {name: value.clone() for name, value in run.student.state_dict().items()}
+    moments = [value.clone() for state in run.optimizer.state.values() for value in state.values()]
+    centre = run.loss.center.clone()
+    images = run.stream.indices(1).tolist()
+    with pytest.raises(UserError) as caught:
+        steps(run, 1)
+    message = str(caught.value)
+    assert message.startswith("step 1: loss and gradient_norm not finite; nothing was applied")
+    assert f"Batch 1 of unlabeled: images {images}" in message
+    for name, value in run.student.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+    assert same([value for state in run.optimizer.state.values() for value in state.values()], moments)
+    assert torch.equal(run.loss.center, centre)
+    assert run.step == 1
+
+
+def test_feedback_that_is_not_finite_stops_before_phi_moves(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny("feedback.depth.weight=1e38", "designer.lr=1"))
+    before = {name: value.clone() for name, value in run.designer.state_dict().items()}
+    images = run.meta_stream.indices(0).tolist()
+    with pytest.raises(UserError) as caught:
+        run.designer_update()
+    assert "value" in str(caught.value)
+    assert f"Batch 0 of meta unlabeled: images {images}" in str(caught.value)
+    assert same(dict(run.designer.state_dict()), before)
+
+
+def test_the_feedback_task_that_went_wrong_is_named(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny())
+    with torch.no_grad():
+        run.feedback[1].head.regress.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
+    with pytest.raises(UserError, match=r"step 0: loss_depth and value and designer_gradient_norm not finite"):
+        run.designer_update()
+
+
+# The run folder's own refusals
+
+
+def test_a_run_with_other_settings_is_not_overwritten(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    folder = train(tiny("method=baseline"), quiet=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"holds a run with other settings \(optim\.lr: 0\.001 there, 0\.002 now\)"):
+        train(tiny("method=baseline", "optim.lr=0.002"), quiet=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and not a run folder"):
+        train(tiny("method=baseline"), quiet=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_refused_at_its_first_step_may_be_corrected(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    prepare_folder(tiny("method=baseline", "data.unlabeled=wrong"), tmp_path / "run")
+    prepare_folder(tiny("method=baseline"), tmp_path / "run")
+    assert load_config(tmp_path / "run" / "config.yaml") == tiny("method=baseline")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("views.global_size=20", r"views\.global_size=20|image size 20"),
+        ("views.local_size=12", r"views\.local_size=12: not a multiple of the patch size 8"),
+        ("value.scope.blocks=7", r"value\.scope: scope of the last 7 blocks: this learner has 3"),
+        ("value.scope.patterns=[atn]", r"value\.scope: scope pattern 'atn' matches no parameter"),
+        ("value.scope.patterns=[patch_embed]", r"patch_embed.* lies before the blocks"),
+        ("designer.stride=3", r"designer\.stride=3: must divide"),
+        ("optim.batch_size=17", r"16 images are fewer than a batch of 17"),
+        ("feedback.seg.meta=99", r"cannot cut 8 \+ 99 labelled samples"),
+        ("device=cuda:99", r"device=cuda:99: not available here"),
+        ("device=toaster", r"device=toaster: not available here"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other(
+    tiny: Callable[..., Config], tmp_path: Path, override: str, said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        train(tiny(override), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_local_views(tiny: Callable[..., Config]) -> None:
+    run = steps(Run(tiny("views.local_count=0", "designer.crops=all")), 3)
+    assert torch.isfinite(torch.tensor(run.meters.read()["loss"]))
+
+
+@pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_other_backbones_and_precisions(tiny: Callable[..., Config], model: str, precision: str) -> None:
+    run = steps(Run(tiny(f"backbone.name={model}", f"precision={precision}")), 3)
+    values = run.meters.read()
+    assert all(torch.isfinite(torch.tensor(value)) for value in values.values())
+    assert all(parameter.dtype == torch.float32 for parameter in run.student.parameters())
+
+
+def test_data_in_memory(tiny: Callable[..., Config]) -> None:
+    run = steps(Run(tiny("data.in_memory=true", "data.workers=2")), 2)
+    assert isinstance(run.stream, Stream)
+    assert run.stream.workers == 0
