@@ -1,3 +1,3 @@
-"""Value-based continued pretraining: a task designer, taught by a few labels, chooses what a backbone learns to predict."""
+"""Value-based continued pretraining: a task designer, taught by a few labels, chooses what is to be predicted."""
 
 __version__ = "0.1.0"

@@ -7,6 +7,7 @@ blocks.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -48,18 +49,18 @@ class Backbone(nn.Module):
     Images are float [B 3 H W], normalised with `mean` and `std`; H and W are multiples of `patch_size`.
     """
 
-    def __init__(self, name: str, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, model: Any, kwargs: Mapping[str, Any]) -> None:
         super().__init__()
         self.name, self.kwargs = name, dict(kwargs)
-        self.model: Any = model
-        self.patch_size = int(model.patch_embed.patch_size[0])  # type: ignore[union-attr,index,arg-type]
-        self.embed_dim = int(model.embed_dim)  # type: ignore[arg-type]
-        self.depth = len(model.blocks)  # type: ignore[arg-type]
-        self.num_prefix_tokens = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+        self.model = model
+        self.patch_size = int(model.patch_embed.patch_size[0])
+        self.embed_dim = int(model.embed_dim)
+        self.depth = len(model.blocks)
+        self.num_prefix_tokens = int(model.num_prefix_tokens)
         # Not timm's global_pool: it says `avg` of DINOv3, whose own objective reads the class token.
         self.has_cls = getattr(model, "cls_token", None) is not None
-        self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])  # type: ignore[index]
-        self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])  # type: ignore[index]
+        self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
+        self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
 
     @overload
     def forward(self, x: Tensor | Hidden, start: int = 0, stop: None = None) -> Features: ...
@@ -136,7 +137,7 @@ def create_backbone(
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vit_small*dino*")
         raise UserError(f"backbone.name={name}: timm has no such model; near names: {', '.join(near)}")
     try:
-        model = timm.create_model(
+        model: Any = timm.create_model(
             name, pretrained=False, num_classes=0, img_size=img_size, dynamic_img_size=True, **kwargs
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -183,12 +184,11 @@ def load_weights(backbone: Backbone, path: str | os.PathLike[str], min_match: fl
     """
     tensors = read_tensors(path)
     model = backbone.model
-    filter_fn = getattr(__import__(type(model).__module__, fromlist=["checkpoint_filter_fn"]), "checkpoint_filter_fn")
+    filter_fn = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"]).checkpoint_filter_fn
     wanted = model.state_dict()
-    try:
+    # The filter may assume a layout that this file does not have; then the plain names are compared.
+    with contextlib.suppress(KeyError, RuntimeError, AssertionError, ValueError):
         tensors = filter_fn(dict(tensors), model)
-    except (KeyError, RuntimeError, AssertionError, ValueError):
-        pass  # the filter assumes a layout that this file does not have: compare the plain names below
     matched = [name for name, value in wanted.items() if name in tensors and tensors[name].shape == value.shape]
     keep = set(matched)
     report = LoadReport(

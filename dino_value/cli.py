@@ -12,7 +12,6 @@ from typing import NoReturn
 from dino_value import __version__
 from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
 
-
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
 

@@ -5,6 +5,7 @@ Defaults are the method's published setting where it gives one, else DINO's (mai
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ class ObjectiveConfig:
     out_dim: int = 8192
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
-    batch_norm: bool = False  # in the head (main_dino.py --use_bn_in_head): small models leave the uniform plateau sooner
+    batch_norm: bool = False  # in the head, as main_dino.py --use_bn_in_head
     student_temp: float = 0.1
     teacher_temp: float = 0.04
     teacher_temp_start: float = 0.04
@@ -217,8 +218,8 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
             raise UserError(f"override {part!r}: write key=value, for example steps=300")
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{source}: expected keys and values at the top level")
-    for part in (loaded, given):
-        _refuse_unknown(OmegaConf.to_container(part), Config, "")
+    for tree in (loaded, given):
+        _refuse_unknown(OmegaConf.to_container(tree), Config, "")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
         config = OmegaConf.to_object(merged)
@@ -268,10 +269,8 @@ def _find(source: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     packaged = Path(str(resources.files("dino_value"))).parent / "configs"
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         packaged = Path(str(resources.files("dino_value.configs")))
-    except ModuleNotFoundError:
-        pass
     for candidate in (packaged / path, packaged / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
@@ -292,7 +291,9 @@ def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
             raise UserError(f"unknown configuration key {prefix}{key}; did you mean {near[0]}?")
         default = sections[key].default
         if isinstance(default, tuple) and isinstance(value, list) and len(value) != len(default):
-            raise UserError(f"{prefix}{key}={value}: expected {len(default)} numbers")  # OmegaConf does not name the key
+            raise UserError(
+                f"{prefix}{key}={value}: expected {len(default)} numbers"
+            )  # OmegaConf does not name the key
         factory: Any = sections[key].default_factory
         inner = type(factory()) if callable(factory) else None
         if inner is not None and is_dataclass(inner):

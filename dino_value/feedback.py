@@ -129,7 +129,8 @@ def downstream_gradient(
     task.head.eval()
     leaves = {name: value.requires_grad_() for name, value in scope.parameters(backbone).items()}
     with full_precision((hidden.tokens,)):
-        state = Hidden(*full((hidden.tokens,)), hidden.rope, hidden.grid)
+        (tokens,) = full((hidden.tokens,))
+        state = Hidden(tokens, hidden.rope, hidden.grid)
         features = functional_call(backbone, leaves, (state,), {"start": scope.start})
         loss = task.loss(features.patches, features.grid, labels)
     return list(torch.autograd.grad(loss, list(leaves.values()))), loss.detach()

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
     """Two groups: weights, and the biases and norms (1-D tensors), which are never decayed (main_dino.py)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
     return [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
 
 
 def cosine_schedule(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:
-    """Linear from 0 to `start` over `warmup` steps, then half a cosine to `end`; `step` counts from 0 (main_dino.py)."""
+    """Linear from 0 to `start` over `warmup` steps, then half a cosine to `end`; steps from 0 (main_dino.py)."""
     if step < warmup:
         return start * step / max(1, warmup - 1)
     progress = (step - warmup) / max(1, steps - warmup)

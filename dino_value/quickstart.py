@@ -104,7 +104,7 @@ def start_backbone() -> Backbone:
 
 
 def evaluate(backbone: Backbone, seed: int, split: str = "validation") -> dict[str, float]:
-    """mIoU, depth RMSE (metres) and linear top-1 on held-out scenes; `tuning` is the split that settings may look at."""
+    """mIoU, depth RMSE (metres) and linear top-1 on held-out scenes; settings may look at `tuning` only."""
     shared: dict[str, Any] = {"size": (64, 64), "steps": HEAD_STEPS, "batch": HEAD_BATCH, "lr": HEAD_LR, "seed": seed}
     found: dict[str, float] = {}
     for layout, module, options, metric in (
@@ -113,7 +113,7 @@ def evaluate(backbone: Backbone, seed: int, split: str = "validation") -> dict[s
         ("imagefolder", linear, linear.LinearOptions(**shared), "top1"),
     ):
         sources = (open_labelled(layout, "scenes", part) for part in ("training", split))  # type: ignore[arg-type]
-        scores = module.evaluate(backbone, *sources, options)  # type: ignore[attr-defined]
+        scores = module.evaluate(backbone, *sources, options)
         found[metric] = scores[metric]
         found[f"{metric}_loss"] = scores["loss"]
     return found

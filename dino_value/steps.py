@@ -1,4 +1,4 @@
-"""The steps that the loop calls: small functions with shapes in their signatures. B images, 2 global and N local views."""
+"""The steps that the loop calls: small functions, shapes in their signatures. B images, 2 global and N local views."""
 
 from __future__ import annotations
 

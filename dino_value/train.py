@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from dino_value.backbones import WEIGHTS_NAME, create_backbone, save_backbone
-from dino_value.checkpoint import load_checkpoint, latest_checkpoint, save_checkpoint
+from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dino_value.config import Config, save_config
 from dino_value.data import open_views
 from dino_value.data.sampling import Stream, generator, key
@@ -121,7 +121,9 @@ class Run:
         torch.manual_seed(key(config.seed, "designer"))
         before = [name for name in self.scope.names if not name.startswith(("model.blocks.", "model.norm."))]
         if before:
-            raise UserError(f"value.scope.patterns: {before[0]} lies before the blocks; choose parameters of blocks and norm")
+            raise UserError(
+                f"value.scope.patterns: {before[0]} lies before the blocks; choose parameters of blocks and norm"
+            )
         sizes = [config.views.global_size] + [config.views.local_size] * (d.crops == "all")
         if any(size % d.stride for size in sizes):
             raise UserError(f"designer.stride={d.stride}: must divide the views' sizes {sizes}")
@@ -181,7 +183,8 @@ class Run:
         d = config.designer
         torch.manual_seed(key(config.seed, "designer step", number))
         self.student.eval()  # stochastic depth would make every pass, and both ends of a difference, another function
-        views = self.make_views(*self.meta_stream.batch(number), "meta", number)
+        large, small = self.meta_stream.batch(number)
+        views = self.make_views(large, small, "meta", number)
         with self.autocast():
             for task in self.feedback:
                 for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
@@ -291,7 +294,8 @@ class Run:
             save_backbone(folder / WEIGHTS_NAME, self.teacher.backbone, {"step": str(self.step)})
         except OSError as error:
             raise UserError(
-                f"{folder}: step {self.step} could not be saved ({error.strerror or error}); free space or choose another out=; earlier checkpoints are whole"
+                f"{folder}: step {self.step} could not be saved ({error.strerror or error}); "
+                "free space or choose another out=; earlier checkpoints are whole"
             ) from None
 
     def state_dict(self) -> dict[str, Any]:
@@ -381,13 +385,14 @@ def prepare_folder(config: Config, folder: Path) -> None:
     """Create the run folder, or see that it holds this very run.
 
     Raises:
-        UserError: not writable, in use by something else, or holding a run of another configuration (differences named).
+        UserError: not writable, in use by something else, or holding a run of other settings (differences named).
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved = folder / "config.yaml"
         if saved.exists():
-            now = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))  # tuples become lists, as in the file
+            # Through YAML, so that tuples are lists as in the file.
+            now = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
             differences = _differences(OmegaConf.load(saved), now)
             # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
             begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)

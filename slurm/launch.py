@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
     parser.add_argument("--folder", default="runs/jobs", help="for logs and pickles (default: %(default)s)")
     parser.add_argument("--partition", help="default: the cluster's own")
-    parser.add_argument(
-        "--timeout", type=int, default=60, metavar="MIN", help="per attempt (default: %(default)s)"
-    )
+    parser.add_argument("--timeout", type=int, default=60, metavar="MIN", help="per attempt (default: %(default)s)")
     parser.add_argument(
         "--max-timeouts", type=int, default=10, help="attempts that may time out (default: %(default)s)"
     )
@@ -84,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             local_max_num_timeout=arguments.max_timeouts,
         )
         executor.update_parameters(name="dino-value", **options)
-        with contextlib.redirect_stderr(
-            io.StringIO()
-        ):  # submitit prints what sbatch says, and then raises it
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what sbatch says, and then raises it
             job = executor.submit(Train([arguments.config, *arguments.overrides], dino_value_main))
     except (FailedJobError, RuntimeError, OSError, ValueError) as error:  # no sbatch, refused request, folder
         print(f"cannot submit to {arguments.cluster}: {' '.join(str(error).split())}", file=sys.stderr)

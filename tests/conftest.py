@@ -63,7 +63,7 @@ backbone:
   kwargs: {patch_size: 8, embed_dim: 24, depth: 3, num_heads: 3}
 objective: {out_dim: 16, hidden_dim: 16, bottleneck_dim: 8, teacher_momentum: 0.9}
 optim: {batch_size: 4, lr: 1.0e-3, warmup: 0}
-value: {period: 2, batch_size: 4}
+value: {period: 2, batch_size: 4, radius: 1.0e-3} # a fresh head bends sharply
 designer: {width: 4, depth: 1, lr: 1.0e-2, blur_sigma: 2.0}
 feedback: {size: 16, batch_size: 4, warmup: 2, seg: {train: 8, meta: 4}, depth: {train: 6, meta: 4}}
 checkpoint: {every: 2, keep: 9}

@@ -83,7 +83,9 @@ def test_normalisation() -> None:
 
 
 def test_an_unknown_name_lists_near_ones() -> None:
-    with pytest.raises(UserError, match=r"vit_tiny_patch16_225: timm has no such model; near names: .*vit_tiny_patch16"):
+    with pytest.raises(
+        UserError, match=r"vit_tiny_patch16_225: timm has no such model; near names: .*vit_tiny_patch16"
+    ):
         create_backbone("vit_tiny_patch16_225", 16)
 
 
@@ -150,7 +152,9 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
     save_backbone(tmp_path / "w.safetensors", build("vit_small_patch16_dinov3", depth=2))
     target = build()
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(UserError, match=r"matched \d+, missing \d+ \(.+\), unexpected \d+ \(.+\); \d+% is below") as caught:
+    with pytest.raises(
+        UserError, match=r"matched \d+, missing \d+ \(.+\), unexpected \d+ \(.+\); \d+% is below"
+    ) as caught:
         load_weights(target, tmp_path / "w.safetensors")
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())

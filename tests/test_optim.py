@@ -18,7 +18,8 @@ REFERENCE = Path(__file__).parent / "data" / "reference"
 
 
 @pytest.mark.parametrize(
-    ("name", "start", "end", "warmup"), [("lr", 5e-4, 1e-6, 21), ("weight_decay", 0.04, 0.4, 0), ("momentum", 0.996, 1, 0)]
+    ("name", "start", "end", "warmup"),
+    [("lr", 5e-4, 1e-6, 21), ("weight_decay", 0.04, 0.4, 0), ("momentum", 0.996, 1, 0)],
 )
 def test_the_published_schedules(name: str, start: float, end: float, warmup: int) -> None:
     with np.load(REFERENCE / "dino_schedules.npz") as recorded:

@@ -20,9 +20,7 @@ def installed_name(path: Path) -> str:
 
 
 def sources(pattern: str) -> set[str]:
-    return {
-        installed_name(path) for folder in ("dino_value", *MOVED) for path in (ROOT / folder).rglob(pattern)
-    }
+    return {installed_name(path) for folder in ("dino_value", *MOVED) for path in (ROOT / folder).rglob(pattern)}
 
 
 def test_every_package_is_listed() -> None:

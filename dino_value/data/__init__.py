@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from dino_value.data.folders import list_images, read_image
 from dino_value.data.sampling import Source
 from dino_value.data.views import FolderViews, MemoryViews, ViewSettings
@@ -26,9 +28,7 @@ def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> So
     paths = list_images(path)
     if not in_memory:
         return FolderViews(paths, settings)
-    import torch
-
-    images = []
+    images: list[torch.Tensor] = []
     for file in paths:
         image = read_image(file)
         if images and image.shape != images[0].shape:

@@ -35,7 +35,8 @@ COUNTS = {"unlabeled": 2048, "training": 640, "validation": 384, "tuning": 384}
 
 
 class Scenes(NamedTuple):
-    """`images` uint8 [n 3 s s], `classes` int64 [n s s], `depth` float32 [n s s] metres, `room` int64 [n], `code` bool [n s s]."""
+    """`images` uint8 [n 3 s s], `classes` int64 [n s s], `depth` float32 [n s s] metres, `room` int64 [n], and where
+    the code is printed, bool [n s s]."""
 
     images: Tensor
     classes: Tensor

@@ -52,8 +52,8 @@ class ViewSettings(Protocol):
 def sample_boxes(count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
     """`count` random-resized-crop boxes [count 4] as (left, top, right, bottom), whole pixels.
 
-    The distribution is torchvision's: area share uniform in `scale`, log aspect uniform in 3/4 … 4/3, ten tries, then the
-    largest central box of an allowed aspect.
+    The distribution is torchvision's: area share uniform in `scale`, log aspect uniform in 3/4 … 4/3, ten tries, then
+    the largest central box of an allowed aspect.
     """
     tries = 10
     draws = torch.rand(count, tries, 4, generator=generator, dtype=torch.float64)
@@ -145,8 +145,11 @@ def _two_groups(views, settings: ViewSettings, images: int | None) -> tuple[Tens
 
 
 def augment(large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str) -> tuple[Tensor, Tensor]:
-    """DINO's flips, colours, blur and solarisation: uint8 [2 B 3 H W], [N B 3 h w] -> float in [0, 1], [2B 3 H W], [NB 3 h w]."""
-    views, batch = large.shape[:2]
+    """DINO's flips, colours, blur and solarisation.
+
+    uint8 [2 B 3 H W] and [N B 3 h w] -> float in [0, 1], [2B 3 H W] and [NB 3 h w].
+    """
+    _, batch = large.shape[:2]
     first, second, local = settings.blur
     # One probability a row: the two global views are treated differently (main_dino.py).
     blur = torch.tensor([first, second]).repeat_interleave(batch)
@@ -171,7 +174,7 @@ def photometric(
     Args:
         views: uint8 [n 3 s s].
         blur, solar: probabilities [n].
-        generator: on the CPU; the rows that an operation touches are known to the host, so nothing waits for the device.
+        generator: on the CPU: the rows that an operation touches are known to the host, so nothing waits for the device.
 
     Returns:
         float [n 3 s s] in [0, 1].

@@ -1,4 +1,4 @@
-"""A patchwise transformer mask generator, in the style of SiT/DiT (Ma et al., 2024; Peebles & Xie, 2023), unconditioned."""
+"""A patchwise transformer mask generator in the style of SiT and DiT (Ma et al., 2024; Peebles & Xie, 2023)."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class UNetDesigner(nn.Module):
         self.up = nn.ModuleList(_stage(widths[i + 1] + widths[i], widths[i]) for i in reversed(range(depth)))
         self.out = nn.Conv2d(width, 1, 1)
         nn.init.normal_(self.out.weight, std=0.01)
-        nn.init.constant_(self.out.bias, math.log(keep_ratio / (1 - keep_ratio)))
+        nn.init.constant_(self.out.bias, math.log(keep_ratio / (1 - keep_ratio)))  # type: ignore[arg-type]
 
     def forward(self, views: Tensor) -> Tensor:
         size = views.shape[-2:]

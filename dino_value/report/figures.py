@@ -115,9 +115,7 @@ def results_figure(results: Results) -> Figure:
 def _results_alt(key: str, arms: Mapping[str, Mapping[str, Array]]) -> str:
     metric = metric_of(key)
     rows = [
-        f"{arm_label(arm)} {', '.join(metric.show(v) for v in row[key])}"
-        for arm, row in arms.items()
-        if key in row
+        f"{arm_label(arm)} {', '.join(metric.show(v) for v in row[key])}" for arm, row in arms.items() if key in row
     ]
     return f"{metric.heading[:-2]} by seed ({metric.preference}): {'; '.join(rows)}."
 
@@ -237,15 +235,9 @@ def curves_figure(
         curves = {arm: found for arm, found in curves.items() if found}
         if curves:
             heading = _CURVES.get(key, key.replace("_", " "))
-            panels.append(
-                Panel(key, _curves_png(heading, curves, signed=key in _SIGNED), _curves_alt(heading, curves))
-            )
+            panels.append(Panel(key, _curves_png(heading, curves, signed=key in _SIGNED), _curves_alt(heading, curves)))
     seeds = max((len(found) for found in records.values()), default=0)
-    spread = (
-        "the band reaches from the lowest to the highest seed"
-        if seeds > 1
-        else "one seed, so no spread is shown"
-    )
+    spread = "the band reaches from the lowest to the highest seed" if seeds > 1 else "one seed, so no spread is shown"
     return Figure(name, title, f"Running means over learner steps; {spread}.", panels)
 
 
@@ -281,9 +273,7 @@ def _curves_png(heading: str, curves: Mapping[str, Sequence[tuple[Array, Array]]
             label=arm_label(arm),
         )
         if len(found) > 1:
-            axes.fill_between(
-                steps, values.min(0), values.max(0), color=style.colour, alpha=0.16, linewidth=0
-            )
+            axes.fill_between(steps, values.min(0), values.max(0), color=style.colour, alpha=0.16, linewidth=0)
     axes.set_title(heading, loc="left", fontsize=11.5)
     axes.set_xlabel("learner step", fontsize=10)
     axes.margins(x=0.02)
@@ -321,9 +311,7 @@ def masks_figure(images: ArrayLike, masks: Mapping[str, ArrayLike], views: Mappi
         mask = mask[:, 0] if mask.ndim == 4 else mask
         view = _images(f"views of {arm!r}", views[arm])
         if mask.shape != originals.shape[:3] or view.shape != originals.shape:
-            raise ValueError(
-                f"{arm}: masks {mask.shape} and views {view.shape} do not fit images {originals.shape}"
-            )
+            raise ValueError(f"{arm}: masks {mask.shape} and views {view.shape} do not fit images {originals.shape}")
         kept = ", ".join(f"{m:.0%}" for m in mask.mean(axis=(1, 2)))
         alt = f"{len(originals)} images, {arm_label(arm)}'s soft masks, learned views. Mask means: {kept}."
         panels.append(Panel(arm, _masks_png(arm, originals, mask, view), alt))
@@ -421,9 +409,7 @@ def pca_figure(images: ArrayLike, features: Mapping[str, ArrayLike]) -> Figure:
         for column, arm in enumerate(order, 1):
             cells[row][column].imshow(colours[arm][row], interpolation="nearest")
     for column, arm in enumerate(order, 1):
-        cells[0][column].set_title(
-            arm_label(arm), fontsize=11, pad=4, color=_style(arm).colour, weight="bold"
-        )
+        cells[0][column].set_title(arm_label(arm), fontsize=11, pad=4, color=_style(arm).colour, weight="bold")
     arms = ", ".join(map(arm_label, order))
     alt = f"{len(originals)} images, and for each the PCA colours of the patch features of the arms {arms}."
     caption = (
@@ -462,9 +448,7 @@ def _axes(width: float, height: float) -> tuple[MplFigure, Axes]:
     return figure, axes
 
 
-def _cells(
-    rows: int, columns: Sequence[str], *, above: float, below: float
-) -> tuple[MplFigure, list[list[Axes]]]:
+def _cells(rows: int, columns: Sequence[str], *, above: float, below: float) -> tuple[MplFigure, list[list[Axes]]]:
     """A sheet of cells with a small gap and headed columns; ``above``, ``below``: margins in inches."""
     width, gap = 5.4, 0.05
     side = (width - gap * (len(columns) - 1)) / len(columns)

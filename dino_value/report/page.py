@@ -174,9 +174,7 @@ def _results_table(results: Results) -> str:
     arms = arms_of(results)
     keys = metrics_of(arms)
     summaries = {(arm, key): summarise(row[key]) for arm, row in arms.items() for key in row}
-    best = {
-        key: _best(metric_of(key), {a: summaries[a, key] for a in arms if key in arms[a]}) for key in keys
-    }
+    best = {key: _best(metric_of(key), {a: summaries[a, key] for a in arms if key in arms[a]}) for key in keys}
     rows = []
     for arm, style in arm_styles(list(arms)).items():
         cells = [_row_head(arm, style.colour)]
@@ -251,9 +249,7 @@ def _list(items: Sequence[str]) -> str:
 
 
 def _pairs(pairs: Mapping[str, object]) -> str:
-    rows = "".join(
-        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs.items()
-    )
+    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs.items())
     return f'<dl class="pairs">{rows}</dl>'
 
 

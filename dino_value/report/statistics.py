@@ -60,9 +60,7 @@ class Metric:
 
 
 def _percent(key: str, label: str) -> Metric:
-    return Metric(
-        key, label, higher_is_better=True, scale=100.0, digits=2, unit="%", difference_unit=" points"
-    )
+    return Metric(key, label, higher_is_better=True, scale=100.0, digits=2, unit="%", difference_unit=" points")
 
 
 _METRICS = {
@@ -84,9 +82,7 @@ def metric_of(key: str) -> Metric:
         return _METRICS[key]
     if "loss" in key:
         return Metric(key, key.replace("_", " "), higher_is_better=False)
-    raise UserError(
-        f"results hold the metric {key!r}, and the report knows only {', '.join(_METRICS)} and losses"
-    )
+    raise UserError(f"results hold the metric {key!r}, and the report knows only {', '.join(_METRICS)} and losses")
 
 
 def arm_label(arm: str) -> str:
@@ -116,9 +112,7 @@ def arms_of(results: Results) -> dict[str, dict[str, Array]]:
         lengths = {arm: len(row[key]) for arm, row in table.items() if key in row}
         if len(set(lengths.values())) > 1:
             told = ", ".join(f"{arm} {n}" for arm, n in lengths.items())
-            raise UserError(
-                f"results for {key!r} cannot be paired: seeds per arm differ ({told}); evaluate all"
-            )
+            raise UserError(f"results for {key!r} cannot be paired: seeds per arm differ ({told}); evaluate all")
     return table
 
 
@@ -302,8 +296,7 @@ def headline(comparisons: Sequence[Comparison], arm: str = "value") -> str:
     if seeds < MIN_SEEDS:
         return f"Only {seeds} seeds: too few for a claim ({MIN_SEEDS} needed); differences are descriptive."
     parts = [
-        _headline_part([c for c in ours if c.against == other])
-        for other in dict.fromkeys(c.against for c in ours)
+        _headline_part([c for c in ours if c.against == other]) for other in dict.fromkeys(c.against for c in ours)
     ]
     return f"Over {seeds} paired seeds, {arm_label(arm)} {'; it '.join(parts)}."
 
@@ -315,9 +308,7 @@ def _headline_part(comparisons: Sequence[Comparison]) -> str:
     rest = [c.metric.label for c in comparisons if c.outcome not in ("better", "worse")]
     if not better and not worse:
         return f"cannot be told from {against} on {_listed(rest)}"
-    told = (
-        f"beats {against} on {_listed(better)}" if better else f"is worse than {against} on {_listed(worse)}"
-    )
+    told = f"beats {against} on {_listed(better)}" if better else f"is worse than {against} on {_listed(worse)}"
     if better and worse:
         told += f" but is worse on {_listed(worse)}"
     return told + (f" (no clear difference on {_listed(rest)})" if rest else "")

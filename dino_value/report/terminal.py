@@ -28,7 +28,5 @@ def results_table(results: Results, title: str | None = None) -> Table:
     for key in keys:
         table.add_column(Text(metric_of(key).heading), justify="right")
     for arm, row in arms.items():
-        table.add_row(
-            Text(arm_label(arm)), *(summarise(row[k]).show(metric_of(k)) if k in row else "–" for k in keys)
-        )
+        table.add_row(Text(arm_label(arm)), *(summarise(row[k]).show(metric_of(k)) if k in row else "–" for k in keys))
     return table

@@ -1,4 +1,4 @@
-"""Direction u: what "valuable" means. One tensor per parameter of S, detached: u is frozen while φ is differentiated."""
+"""Direction u: what "valuable" means. One tensor per parameter of S, detached: frozen while φ is differentiated."""
 
 from __future__ import annotations
 

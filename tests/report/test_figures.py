@@ -69,9 +69,7 @@ def test_series_keeps_the_last_of_a_repeated_step_and_drops_what_is_no_number() 
 
 
 def test_running_mean_and_common_grid() -> None:
-    assert figures.running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx(
-        [1.5, 3, 11 / 3, 4.5]
-    )
+    assert figures.running_mean(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx([1.5, 3, 11 / 3, 4.5])
     assert figures.running_mean(np.array([1.0, 2.0]), 1).tolist() == [1, 2]
     a = (np.array([0.0, 2.0, 4.0]), np.array([0.0, 2.0, 4.0]))
     b = (np.array([1.0, 3.0]), np.array([10.0, 30.0]))

@@ -74,9 +74,7 @@ def test_the_tables_hold_exactly_the_results(results: dict[str, Any]) -> None:
             metric = metric_of(key)
             mean, _, sd = cell.replace(" (best mean)", "").partition(" ± ")
             assert mean == f"{np.mean(arm[key]) * metric.scale:.{metric.digits}f}"
-            assert sd == (
-                "" if row[0] == "step 0" else f"{np.std(arm[key], ddof=1) * metric.scale:.{metric.digits}f}"
-            )
+            assert sd == ("" if row[0] == "step 0" else f"{np.std(arm[key], ddof=1) * metric.scale:.{metric.digits}f}")
     assert ["(best mean)" in cell for cell in summary[4]] == [False, True, True, False]  # value: mIoU, RMSE
     assert "(best mean)" in summary[3][3]  # random: top-1, by the mean
     assert len(by_seed) == 1 + 3 * 4
@@ -89,9 +87,7 @@ def test_the_tables_hold_exactly_the_results(results: dict[str, Any]) -> None:
 
 
 def test_the_page_stands_alone_and_is_accessible(results: dict[str, Any]) -> None:
-    text = render(
-        report(results, figures=[results_figure(results)], commands=["dino-value quickstart"], seconds=212.4)
-    )
+    text = render(report(results, figures=[results_figure(results)], commands=["dino-value quickstart"], seconds=212.4))
     page = Page(text)
     assert page.tags["html"] == [{"lang": "en"}]
     assert "script" not in page.tags

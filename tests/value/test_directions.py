@@ -20,7 +20,7 @@ def gradients() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def test_the_registry() -> None:
-    assert DIRECTIONS == {"dot": dot, "cosine": cosine, "random": random}
+    assert {"dot": dot, "cosine": cosine, "random": random} == DIRECTIONS
 
 
 def test_inner_and_norm(gradients: Any) -> None:
