@@ -26,7 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["eval"]:
             return _evaluate(arguments[1:])
-        parsed = _parser().parse_args(arguments)
+        parser = _parser()
+        parsed, rest = parser.parse_known_args(arguments)
+        # argparse takes a list of positionals only once: key=value may also follow an option.
+        if rest and (any("=" not in part or part.startswith("-") for part in rest) or "overrides" not in parsed):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if rest:
+            parsed.overrides += rest
         command: Callable[[argparse.Namespace], int] = parsed.command
         return command(parsed)
     except UserError as error:

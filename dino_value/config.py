@@ -260,8 +260,11 @@ def check(config: Config) -> Config:
 def save_config(config: Config, path: Path) -> None:
     """The resolved configuration as YAML, complete or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _find(source: str | os.PathLike[str]) -> Path:

@@ -1,12 +1,15 @@
-"""Parameter groups, schedules and the teacher's moving average."""
+"""Parameter groups, schedules, the teacher's moving average, and a guard against steps that are not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from dino_value.errors import UserError
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
@@ -35,3 +38,39 @@ def linear_schedule(step: int, start: float, end: float, over: int) -> float:
 def update_ema(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
     """teacher ← momentum · teacher + (1 − momentum) · student, in one fused pass."""
     torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
+
+
+class FiniteGuard:
+    """Keeps a step that is not finite from being applied, while the host does not wait for the device.
+
+    The fused optimizers skip their update on the device where `found_inf` is set (the hook that gradient scaling uses).
+    The host reads the same flags when they have arrived: at once on a CPU, a step later on a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[list[str], Tensor, torch.cuda.Event | None, Callable[[str], str]]] = deque()
+
+    def protect(self, optimizer: torch.optim.Optimizer, message: Callable[[str], str], **terms: Tensor) -> None:
+        """Before `optimizer.step()`: watch the scalars `terms`; `message` makes the error of the names of bad ones."""
+        bad = ~torch.stack([term.detach().float() for term in terms.values()]).isfinite()
+        optimizer.found_inf = bad.any().float()  # type: ignore[attr-defined]
+        event = None
+        if bad.is_cuda:
+            bad = torch.empty(len(terms), dtype=torch.bool, pin_memory=True).copy_(bad, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((list(terms), bad, event, message))
+
+    def check(self, wait: bool = False) -> None:
+        """Read the flags that have arrived, or with `wait` all of them.
+
+        Raises:
+            UserError: the message of the first step that was not finite; nothing of it was applied.
+        """
+        while self._pending and (wait or self._pending[0][2] is None or self._pending[0][2].query()):
+            names, bad, event, message = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            found = [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]
+            if found:
+                raise UserError(message(" and ".join(found)))

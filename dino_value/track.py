@@ -58,7 +58,7 @@ class MetricsFile:
         if self.path.exists():
             kept = [row for row in read_metrics(folder) if row["step"] <= step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(self.path, "a", buffering=1)
+        self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed with the run)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -30,7 +30,7 @@ from dino_value.designers import DESIGNERS, sparsity, total_variation
 from dino_value.errors import Interrupted, UserError
 from dino_value.feedback import downstream_gradient, fit_head, open_feedback
 from dino_value.objectives.dino import DINOHead, DINOLoss
-from dino_value.optim import cosine_schedule, linear_schedule, parameter_groups
+from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
 from dino_value.steps import Learner, SSLTask, Views, design_views, ssl_loss, teacher_targets, update_teacher
 from dino_value.track import Meters, MetricsFile, Reporter, environment, read_metrics
 from dino_value.value import DIRECTIONS, ENGINES, combine, last_blocks, matching, random_like, value_step
@@ -106,6 +106,7 @@ class Run:
         workers = 0 if config.data.in_memory else config.data.workers
         self.stream = Stream(views, config.optim.batch_size, config.seed, "unlabeled", workers)
         self.meters = Meters()
+        self.guard = FiniteGuard()
         self.steered = config.method != "baseline"
         if self.steered:
             self.meta_stream = Stream(views, config.value.batch_size, config.seed, "meta unlabeled")
@@ -167,9 +168,8 @@ class Run:
         if self.step < o.freeze_backbone:
             self.student.backbone.zero_grad()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), o.clip)
-        self.check_finite(self.stream, self.step, loss=loss, gradient_norm=gradient_norm)
         self.set_schedules()
-        self.optimizer.step()
+        self.apply(self.optimizer, self.stream, self.step, loss=loss, gradient_norm=gradient_norm)
         self.loss.update_center(logits)
         momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
         update_teacher(self.student, self.teacher, momentum)
@@ -220,8 +220,7 @@ class Run:
         designer_norm = torch.nn.utils.clip_grad_norm_(phi, config.optim.clip)
         feedback = {f"loss_{task.kind}": loss for task, loss in zip(self.feedback, losses, strict=True)}
         terms = {**feedback, "value": found_value.value, "designer_gradient_norm": designer_norm}
-        self.check_finite(self.meta_stream, number, **terms)
-        self.designer_optimizer.step()
+        self.apply(self.designer_optimizer, self.meta_stream, number, **terms)
         self.student.train()
         self.designer_updates += 1
         self.meters.add(
@@ -238,19 +237,24 @@ class Run:
         views = augment(large, small, self.config.views, self.config.seed, name, number)
         return Views(*(self.student.backbone.normalise(group) for group in views))
 
-    def check_finite(self, stream: Stream, number: int, **terms: Tensor) -> None:
-        """Stop before a step that is not finite is applied; its views came from batch `number` of `stream`.
+    def apply(self, optimizer: torch.optim.Optimizer, stream: Stream, number: int, **terms: Tensor) -> None:
+        """Step `optimizer` unless a term is not finite; its views came from batch `number` of `stream`.
 
         Raises:
-            UserError: naming the terms, the step and the batch.
+            UserError: naming the terms, the step and the batch; nothing of that step is applied.
         """
-        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
-        if bad:
+        step = self.step
+
+        def message(bad: str) -> str:
             batch = stream.indices(number).tolist()
-            raise UserError(
-                f"step {self.step}: {' and '.join(bad)} not finite; nothing was applied. Batch {number} of {stream.name}: images "
+            return (
+                f"step {step}: {bad} not finite; nothing was applied. Batch {number} of {stream.name}: images "
                 f"{batch[:8]}{' …' if len(batch) > 8 else ''} of the sorted list. Lower optim.lr or raise teacher_temp"
             )
+
+        self.guard.protect(optimizer, message, **terms)
+        self.guard.check()
+        optimizer.step()
 
     def teacher_temperature(self) -> float:
         c = self.config.objective
@@ -288,6 +292,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """A checkpoint, and the teacher's backbone as timm-keyed weights."""
+        self.guard.check(wait=True)
         keep = self.config.checkpoint.keep
         try:
             save_checkpoint(folder / "checkpoints", self.step, self.state_dict(), keep)

@@ -72,7 +72,7 @@ checkpoint: {every: 2, keep: 9}
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """images/ (16 files), ade/ (ADE20K layout: 14 training images, 3 classes) and nyu/ (NYUv2 layout: 12), noise of 24 × 24."""
+    """images/ (16 files), ade/ (ADE20K layout: 14 for training, 3 classes) and nyu/ (NYUv2: 12), noise of 24 × 24."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
 
     def noise(*shape: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from dino_value.data.sampling import Stream
 from dino_value.errors import Interrupted, UserError
 from dino_value.optim import cosine_schedule
 from dino_value.track import read_metrics
-from dino_value.train import Run, prepare_folder, train
+from dino_value.train import Run, prepare_folder, stop_requests, train
 
 TIMING = ("images_per_second", "data_wait", "seconds")
 METHODS = ("value", "baseline", "random")
@@ -146,13 +146,34 @@ def test_two_halves_are_a_whole(
     assert [row["step"] for row in rows(whole)] == [2, 4, 6]
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """SIGTERM arrives while step number `step` is computed."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_stop_is_saved_whatever_asked_for_it(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    stop_after(monkeypatch, 1, number)
+    with pytest.raises(Interrupted, match="stopped at step 1 of 4; the same command goes on from there"):
+        train(tiny("method=baseline"), quiet=True)
+    assert load_checkpoint(tmp_path / "run")["step"] == 1
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_leaves_at_once() -> None:
+    with stop_requests() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopping()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """The signal arrives while step number `step` is computed."""
     update = Run.learner_update
 
     def interrupted(self: Run, large: Tensor, small: Tensor) -> None:
         if self.step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         update(self, large, small)
 
     monkeypatch.setattr(Run, "learner_update", interrupted)
@@ -330,7 +351,7 @@ def test_learning_rate_and_weight_decay_follow_their_schedules(tiny: Callable[..
 
 def test_the_last_layer_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
     run = Run(tiny("method=baseline", "objective.freeze_last_layer=2"))
-    last, first = run.student.head.last_layer.weight, run.student.head.mlp[0].weight
+    last, first = run.student.head.last_layer.weight, run.student.head.mlp.get_parameter("0.weight")
     before = last.clone(), first.clone()
     steps(run, 2)
     assert torch.equal(last, before[0])
@@ -342,10 +363,10 @@ def test_the_last_layer_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
 def test_the_backbone_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
     run = Run(tiny("method=baseline", "optim.freeze_backbone=2"))
     before = {name: value.clone() for name, value in run.student.backbone.state_dict().items()}
-    head = run.student.head.mlp[0].weight.clone()
+    head = run.student.head.mlp.get_parameter("0.weight").clone()
     steps(run, 2)
     assert same(dict(run.student.backbone.state_dict()), before)
-    assert not torch.equal(run.student.head.mlp[0].weight, head)
+    assert not torch.equal(run.student.head.mlp.get_parameter("0.weight"), head)
     steps(run, 1)
     assert not same(dict(run.student.backbone.state_dict()), before)
 
@@ -383,7 +404,7 @@ def test_start_from_another_architecture(tiny: Callable[..., Config], tmp_path: 
 
 def spoil(run: Run) -> None:
     with torch.no_grad():
-        run.student.head.mlp[0].weight.fill_(float("nan"))
+        run.student.head.mlp.get_parameter("0.weight").fill_(float("nan"))
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_applied(tiny: Callable[..., Config]) -> None:
@@ -419,7 +440,7 @@ def test_feedback_that_is_not_finite_stops_before_phi_moves(tiny: Callable[..., 
 def test_the_feedback_task_that_went_wrong_is_named(tiny: Callable[..., Config]) -> None:
     run = Run(tiny())
     with torch.no_grad():
-        run.feedback[1].head.regress.bias.fill_(float("nan"))  # type: ignore[union-attr,operator]
+        run.feedback[1].head.regress.bias.fill_(float("nan"))
     with pytest.raises(UserError, match=r"step 0: loss_depth and value and designer_gradient_norm not finite"):
         run.designer_update()
 

@@ -6,6 +6,7 @@ whatever the number of workers, and a stopped run goes on by asking for step t.
 
 from __future__ import annotations
 
+import multiprocessing
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -67,6 +68,10 @@ class Stream:
         if self.workers == 0 or start >= stop:
             yield from (self.batch(step) for step in range(start, stop))
             return
+        # A fork copies locks and threads of the parent in whatever state they are in: fork from a clean server, which
+        # has imported once what every worker needs.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload(["dino_value.data.views", "dino_value.data.labelled", "torch.utils.data"])
         loader = DataLoader(
             _Steps(self),
             batch_size=None,
@@ -74,8 +79,7 @@ class Stream:
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4,
-            # A fork copies locks and threads of the parent in whatever state they are in.
-            multiprocessing_context="forkserver",
+            multiprocessing_context=processes,
         )
         for batch in loader:
             if isinstance(batch, UserError):

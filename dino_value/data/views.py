@@ -174,7 +174,7 @@ def photometric(
     Args:
         views: uint8 [n 3 s s].
         blur, solar: probabilities [n].
-        generator: on the CPU: the rows that an operation touches are known to the host, so nothing waits for the device.
+        generator: on the CPU: the host knows the rows that an operation touches, so nothing waits for the device.
 
     Returns:
         float [n 3 s s] in [0, 1].

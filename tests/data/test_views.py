@@ -31,7 +31,7 @@ SIZES = {"square": (96, 96), "rooms": (120, 160), "panorama": (40, 200), "tower"
 def test_boxes_are_distributed_as_torchvisions(
     size: tuple[int, int], scale: tuple[float, float], generator: torch.Generator
 ) -> None:
-    """The largest gap between the two cumulative distributions, over 4,000 draws each; 0.045 is exceeded once in 1,500."""
+    """The largest gap between the cumulative distributions of 4,000 draws each; 0.045 is exceeded once in 1,500."""
     height, width = size
     boxes = sample_boxes(4000, height, width, scale, generator)
     torch.manual_seed(0)
@@ -186,8 +186,8 @@ def views(size: int = 12) -> Tensor:
 
 
 def run(batch: Tensor, blur: float = 0.0, solar: float = 0.0, seed: int = 0, **changes: Any) -> Tensor:
-    probabilities = (torch.full((len(batch),), p) for p in (blur, solar))
-    return photometric(batch, *probabilities, settings(**{**OFF, **changes}), torch.Generator().manual_seed(seed))
+    blurred, inverted = (torch.full((len(batch),), p) for p in (blur, solar))
+    return photometric(batch, blurred, inverted, settings(**{**OFF, **changes}), torch.Generator().manual_seed(seed))
 
 
 def unflipped(batch: Tensor, found: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ def test_blur_of_a_view_smaller_than_its_kernel() -> None:
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_one_kind_of_jitter(name: str) -> None:
     """Each image equals torchvision's result for some factor of the allowed range; the factors cover it."""
-    only = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
+    only: dict[str, Any] = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0)
     reach = 0.1 if name == "hue" else 0.4
     batch = views(6)
     found = unflipped(batch, run(batch, jitter=1.0, **{**only, name: reach}))

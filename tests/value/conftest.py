@@ -91,10 +91,9 @@ class Problem:
         if not self.config.through_teacher:
             targets = targets.detach()
 
-        def logits(images: Tensor) -> Tensor:
-            return self.student.head(functional_call(self.student.backbone, leaves, (images,)).cls)
-
-        outputs = torch.cat([logits(large), logits(small)] if len(small) else [logits(large)])
+        groups = [large, small] if len(small) else [large]
+        cls = [functional_call(self.student.backbone, leaves, (group,)).cls for group in groups]
+        outputs = self.student.head(torch.cat(cls))
         batch = self.views.batch
         terms = []
         for teacher_view in range(2):
@@ -109,13 +108,18 @@ class Problem:
 
 
 def make_problem(
-    dtype: torch.dtype = torch.float64, model: str = "vit_tiny_patch16_224", local: int = 2, **config: object
+    dtype: torch.dtype = torch.float64,
+    model: str = "vit_tiny_patch16_224",
+    local: int = 2,
+    batch_norm: bool = False,
+    **config: object,
 ) -> Problem:
     """The same numbers in every `dtype`."""
     torch.manual_seed(0)
     backbone = create_backbone(model, 16, ROPE_KWARGS if "dinov3" in model else KWARGS)
     backbone.set_attention("math")  # the reference differentiates twice
-    student = Learner(backbone, DINOHead(backbone.embed_dim, out_dim=12, hidden_dim=16, bottleneck_dim=8))
+    head = DINOHead(backbone.embed_dim, out_dim=12, hidden_dim=16, bottleneck_dim=8, batch_norm=batch_norm)
+    student = Learner(backbone, head)
     teacher = copy.deepcopy(student)
     with torch.no_grad():
         for parameter in [*student.parameters(), *teacher.parameters()]:  # away from the symmetric start

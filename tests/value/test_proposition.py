@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -44,5 +45,5 @@ def test_value_predicts_the_one_step_decrease(problem: Callable[..., Any], case:
     errors = [error(eta) for eta in etas]
     assert abs(value) > 1e-3
     assert errors[-1] < 1e-2 * abs(value)
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert math.log10(coarse / fine) == pytest.approx(1, abs=0.1)  # O(η), no more and no less
