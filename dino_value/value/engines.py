@@ -63,7 +63,7 @@ def finite_difference(
     u: Gradient,
     phi: Sequence[Tensor],
     penalty: Tensor | None = None,
-    radius: float = 3e-2,
+    radius: float = 1e-3,
 ) -> Tensor:
     """Central difference along u of the loss's gradient at the trunk's output, then one backward through the trunk.
 
