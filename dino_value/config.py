@@ -106,7 +106,7 @@ class ValueConfig:
     batch_size: int = 32  # the meta unlabeled batch
     direction: str = "dot"
     engine: str = "finite_difference"
-    radius: float = 1e-3  # of the finite difference, ε = radius/‖u‖: below 1e-3 relative error on ViTs of 3 to 12 blocks
+    radius: float = 1e-3  # of the finite difference, ε = radius/‖u‖; see docs/results.md
     scope: ScopeConfig = field(default_factory=ScopeConfig)
 
 
@@ -267,17 +267,29 @@ def save_config(config: Config, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def packaged(source: str | os.PathLike[str]) -> Path:
+    """The file `source`, or where there is none the packaged one of that name."""
+    path = Path(source)
+    inside = _packaged_folder() / path
+    return inside if not path.exists() and inside.is_file() else path
+
+
+def _packaged_folder() -> Path:
+    # An editable installation is found through its finder; a plain checkout has the folder beside the package.
+    with contextlib.suppress(ModuleNotFoundError):
+        return Path(str(resources.files("dino_value.configs")))
+    return Path(str(resources.files("dino_value"))).parent / "configs"
+
+
 def _find(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    packaged = Path(str(resources.files("dino_value"))).parent / "configs"
-    with contextlib.suppress(ModuleNotFoundError):
-        packaged = Path(str(resources.files("dino_value.configs")))
-    for candidate in (packaged / path, packaged / f"{path}.yaml"):
+    folder = _packaged_folder()
+    for candidate in (folder / path, folder / f"{path}.yaml"):
         if candidate.is_file():
             return candidate
-    known = sorted(str(file.relative_to(packaged).with_suffix("")) for file in packaged.rglob("*.yaml"))
+    known = sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
     raise UserError(f"{source}: no such configuration file; packaged ones: {', '.join(known)}")
 
 

@@ -14,7 +14,7 @@ from dino_value.config import Config, TaskConfig
 from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled, split_by_group
 from dino_value.data.sampling import Stream, key
 from dino_value.errors import UserError
-from dino_value.heads import build_head, depth_loss, feature_map, segmentation_loss
+from dino_value.heads import LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
 from dino_value.value import Gradient, Scope
 from dino_value.value.engines import full, full_precision
 
@@ -98,6 +98,12 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(config.seed, "head", kind))
             task = FeedbackTask(kind, source, settings, config, dim)
+        if isinstance(
+            task.head, LinearBNDepthHead
+        ):  # from the mean depth, which would take thousands of steps to learn
+            depths = task.train_stream.batch(0)[1]
+            if (depths > 0).any():
+                task.head.start_at(float(depths[depths > 0].mean()))
         task.head.to(device)
         tasks.append(task)
     if not tasks:

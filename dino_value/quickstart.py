@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,14 @@ from torch import Tensor
 
 from dino_value.backbones import Backbone, create_backbone, load_backbone, load_weights
 from dino_value.checkpoint import load_checkpoint
-from dino_value.config import Config, load_config
+from dino_value.config import Config, load_config, packaged
 from dino_value.data.labelled import open_labelled
 from dino_value.designers import DESIGNERS, fill_in, learned_views
 from dino_value.errors import UserError
 from dino_value.eval import depth, linear, seg
+from dino_value.process import choose_device
 from dino_value.track import environment
-from dino_value.train import choose_device, train
+from dino_value.train import train
 
 ARMS = ("baseline", "value", "random")
 START_CONFIG, ARM_CONFIG = "quickstart/start", "quickstart/arm"
@@ -86,13 +86,13 @@ def prepare(out: Path) -> None:
 
 def arm_config(out: Path, arm: str, seed: int, steps: int | None) -> Config:
     """One arm's configuration: arms differ in `method` alone."""
-    overrides = [f"out={out / 'runs' / f'{arm}_{seed}'}", f"method={arm}", f"seed={seed}", f"start_from={start_path()}"]
+    overrides = [f"out={out / 'runs' / f'{arm}_{seed}'}", f"method={arm}", f"seed={seed}"]
     return load_config(ARM_CONFIG, overrides + ([f"steps={steps}"] if steps else []))
 
 
 def start_path() -> Path:
     """The packaged checkpoint."""
-    return Path(str(resources.files("dino_value.configs").joinpath("quickstart/start.pt")))
+    return packaged("quickstart/start.pt")
 
 
 def start_backbone() -> Backbone:
@@ -109,7 +109,7 @@ def evaluate(backbone: Backbone, seed: int, split: str = "validation") -> dict[s
     found: dict[str, float] = {}
     for layout, module, options, metric in (
         ("ade20k", seg, seg.SegOptions(**shared), "miou"),
-        ("nyuv2", depth, depth.DepthOptions(**shared), "rmse"),
+        ("nyuv2", depth, depth.DepthOptions(eigen_crop=False, **shared), "rmse"),
         ("imagefolder", linear, linear.LinearOptions(**shared), "top1"),
     ):
         sources = (open_labelled(layout, "scenes", part) for part in ("training", split))  # type: ignore[arg-type]

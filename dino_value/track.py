@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -159,3 +160,31 @@ def _git_state() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+class Clock:
+    """Images a second, and the share of the time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.began, self.waited, self.steps = time.monotonic(), 0.0, 0
+
+    def waiting(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        """The same batches, timed."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - asked
+            if batch is None:
+                return
+            self.steps += 1
+            yield batch
+
+    def read(self, batch_size: int) -> dict[str, float]:
+        elapsed = max(1e-9, time.monotonic() - self.began)
+        values = {
+            "images_per_second": self.steps * batch_size / elapsed,
+            "data_wait": self.waited / elapsed,
+            "seconds": elapsed,
+        }
+        self.began, self.waited, self.steps = time.monotonic(), 0.0, 0
+        return values

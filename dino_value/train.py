@@ -9,20 +9,15 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import signal
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from dino_value.backbones import WEIGHTS_NAME, create_backbone, save_backbone
 from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from dino_value.config import Config, save_config
+from dino_value.config import Config, packaged
 from dino_value.data import open_views
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.data.views import augment
@@ -31,8 +26,10 @@ from dino_value.errors import Interrupted, UserError
 from dino_value.feedback import downstream_gradient, fit_head, open_feedback
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
+from dino_value.process import choose_device, stop_requests, use_bfloat16
+from dino_value.run_folder import prepare_folder
 from dino_value.steps import Learner, SSLTask, Views, design_views, ssl_loss, teacher_targets, update_teacher
-from dino_value.track import Meters, MetricsFile, Reporter, environment, read_metrics
+from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
 from dino_value.value import DIRECTIONS, ENGINES, combine, last_blocks, matching, random_like, value_step
 
 
@@ -47,7 +44,7 @@ def train(config: Config, quiet: bool = False) -> Path:
     newest = latest_checkpoint(folder / "checkpoints")
     run = Run(config)
     if newest is None and config.start_from is not None:
-        run.start_from(load_checkpoint(config.start_from))
+        run.start_from(load_checkpoint(packaged(config.start_from)))
     prepare_folder(config, folder)  # after all that may refuse: a mistake leaves no folder behind
     if newest is not None:
         run.load_state_dict(load_checkpoint(newest))
@@ -332,125 +329,3 @@ class Run:
             self.designer_updates = state["designer_updates"]
             for task in self.feedback:
                 task.load_state_dict(state["feedback"][task.kind])
-
-
-class Clock:
-    """Images a second, and the share of the time spent waiting for data."""
-
-    def __init__(self) -> None:
-        self.began, self.waited, self.steps = time.monotonic(), 0.0, 0
-
-    def waiting(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-        """The same batches, timed."""
-        while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            self.waited += time.monotonic() - asked
-            if batch is None:
-                return
-            self.steps += 1
-            yield batch
-
-    def read(self, batch_size: int) -> dict[str, float]:
-        elapsed = max(1e-9, time.monotonic() - self.began)
-        values = {
-            "images_per_second": self.steps * batch_size / elapsed,
-            "data_wait": self.waited / elapsed,
-            "seconds": elapsed,
-        }
-        self.began, self.waited, self.steps = time.monotonic(), 0.0, 0
-        return values
-
-
-@contextmanager
-def stop_requests() -> Iterator[Any]:
-    """A function that says whether SIGTERM, SIGINT or SIGUSR2 has come; a second SIGINT leaves at once."""
-    requested: list[int] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        if requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        requested.append(number)
-
-    try:
-        before = {
-            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        }
-    except ValueError:  # not the main thread: the caller handles signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(requested)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def prepare_folder(config: Config, folder: Path) -> None:
-    """Create the run folder, or see that it holds this very run.
-
-    Raises:
-        UserError: not writable, in use by something else, or holding a run of other settings (differences named).
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = folder / "config.yaml"
-        if saved.exists():
-            # Through YAML, so that tuples are lists as in the file.
-            now = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            differences = _differences(OmegaConf.load(saved), now)
-            # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
-            begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)
-            if differences and begun:
-                raise UserError(
-                    f"out={folder} holds a run with other settings ({'; '.join(differences[:4])}); choose another out="
-                )
-        elif any(folder.iterdir()):
-            raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
-        save_config(config, saved)
-    except OSError as error:
-        raise UserError(f"out={folder}: cannot be written ({error.strerror}); choose another out=") from None
-
-
-def _differences(old: Any, new: Any) -> list[str]:
-    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(tree, dict):
-            return {prefix: tree}
-        return {
-            name: leaf
-            for part, value in tree.items()
-            for name, leaf in flat(value, f"{prefix}.{part}".lstrip(".")).items()
-        }
-
-    before, after = flat(OmegaConf.to_container(old)), flat(OmegaConf.to_container(new))
-    return [
-        f"{name}: {before.get(name)} there, {after.get(name)} now"
-        for name in sorted({*before, *after} - {"out"})  # a folder may be moved, or named by another path
-        if before.get(name) != after.get(name)
-    ]
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one; on a CPU denormals are flushed, which the sharp teacher is full of.
-
-    Raises:
-        UserError: a device that is not here.
-    """
-    try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: not available here: {str(error).splitlines()[0]}") from None
-    if device.type == "cpu":
-        torch.set_flush_denormal(True)
-    return device
-
-
-def use_bfloat16(config: Config, device: torch.device) -> bool:
-    """Whether the learner's passes run under bfloat16 autocast."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    # Without the instructions bfloat16 is emulated, and slower than float32.
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()

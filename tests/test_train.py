@@ -21,8 +21,10 @@ from dino_value.config import Config, load_config
 from dino_value.data.sampling import Stream
 from dino_value.errors import Interrupted, UserError
 from dino_value.optim import cosine_schedule
+from dino_value.process import stop_requests
+from dino_value.run_folder import prepare_folder
 from dino_value.track import read_metrics
-from dino_value.train import Run, prepare_folder, stop_requests, train
+from dino_value.train import Run, train
 
 TIMING = ("images_per_second", "data_wait", "seconds")
 METHODS = ("value", "baseline", "random")

@@ -1,0 +1,63 @@
+"""The process that trains: its device, its precision, and the signals that ask it to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dino_value.config import Config
+from dino_value.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; on a CPU denormals are flushed, which the sharp teacher is full of.
+
+    Raises:
+        UserError: a device that is not here.
+    """
+    try:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: not available here: {str(error).splitlines()[0]}") from None
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    return device
+
+
+def use_bfloat16(config: Config, device: torch.device) -> bool:
+    """Whether the learner's passes run under bfloat16 autocast."""
+    if config.precision != "auto":
+        return config.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    # Without the instructions bfloat16 is emulated, and slower than float32.
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
+@contextmanager
+def stop_requests() -> Iterator[Any]:
+    """A function that says whether SIGTERM, SIGINT or SIGUSR2 has come; a second SIGINT leaves at once."""
+    requested: list[int] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        if requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        requested.append(number)
+
+    try:
+        before = {
+            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        }
+    except ValueError:  # not the main thread: the caller handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,57 @@
+"""The run folder: made once, and only ever continued by the run that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dino_value.checkpoint import latest_checkpoint
+from dino_value.config import Config, save_config
+from dino_value.errors import UserError
+from dino_value.track import read_metrics
+
+
+def prepare_folder(config: Config, folder: Path) -> None:
+    """Create the run folder, or see that it holds this very run.
+
+    Raises:
+        UserError: not writable, in use by something else, or holding a run of other settings (differences named).
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = folder / "config.yaml"
+        if saved.exists():
+            # Through YAML, so that tuples are lists as in the file.
+            now = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            differences = _differences(OmegaConf.load(saved), now)
+            # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
+            begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)
+            if differences and begun:
+                raise UserError(
+                    f"out={folder} holds a run with other settings ({'; '.join(differences[:4])}); choose another out="
+                )
+        elif any(folder.iterdir()):
+            raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
+        save_config(config, saved)
+    except OSError as error:
+        raise UserError(f"out={folder}: cannot be written ({error.strerror}); choose another out=") from None
+
+
+def _differences(old: Any, new: Any) -> list[str]:
+    def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(tree, dict):
+            return {prefix: tree}
+        return {
+            name: leaf
+            for part, value in tree.items()
+            for name, leaf in flat(value, f"{prefix}.{part}".lstrip(".")).items()
+        }
+
+    before, after = flat(OmegaConf.to_container(old)), flat(OmegaConf.to_container(new))
+    return [
+        f"{name}: {before.get(name)} there, {after.get(name)} now"
+        for name in sorted({*before, *after} - {"out"})  # a folder may be moved, or named by another path
+        if before.get(name) != after.get(name)
+    ]
