@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,12 @@ class Backbone(nn.Module):
         self.has_cls = getattr(model, "cls_token", None) is not None
         self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
         self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
+        # Models that pool keep their last norm for after the pooling; dense features want it on every token.
+        self.final_norm = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
+        self._mean: Tensor
+        self._std: Tensor
+        for buffer, values in (("_mean", self.mean), ("_std", self.std)):
+            self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @overload
     def forward(self, x: Tensor | Hidden, start: int = 0, stop: None = None) -> Features: ...
@@ -76,16 +83,17 @@ class Backbone(nn.Module):
             tokens = self._block(index, tokens, hidden.rope)
         if stop is not None:
             return Hidden(tokens, hidden.rope, hidden.grid)
-        tokens = self.model.norm(tokens)
+        tokens = getattr(self.model, self.final_norm)(tokens)
         patches = tokens[:, self.num_prefix_tokens :]
         # Models without a class token describe an image by the mean of its patches.
-        cls = tokens[:, 0] if self.has_cls else self.model.fc_norm(patches.mean(1))
+        cls = tokens[:, 0] if self.has_cls else patches.mean(1)
         return Features(cls, patches, hidden.grid)
 
     def set_attention(self, kind: str) -> None:
         """`sdpa` (fused kernels) or `math` (plain matrix products); the same function either way."""
-        for block in self.model.blocks:
-            block.attn.fused_attn = kind == "sdpa"
+        for module in self.model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = kind == "sdpa"
 
     def _embed(self, images: Tensor) -> Hidden:
         model = self.model
@@ -108,10 +116,7 @@ class Backbone(nn.Module):
         """uint8 [… 3 H W] or float in [0, 1] to what the model expects."""
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
-        shape = (3, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(shape)
-        std = torch.tensor(self.std, device=images.device).view(shape)
-        return (images - mean) / std
+        return (images - self._mean.to(images.device)) / self._std.to(images.device)
 
 
 def create_backbone(
@@ -151,7 +156,9 @@ def create_backbone(
         raise UserError(f"image size {img_size} is not a multiple of the patch size {patch} of {name}")
     backbone = Backbone(name, model, {**kwargs, "img_size": img_size})
     if weights is not None:
-        load_weights(backbone, weights, min_match)
+        report = load_weights(backbone, weights, min_match)
+        if report.missing or report.unexpected:
+            print(f"{weights}: {report}", file=sys.stderr)
     return backbone
 
 
@@ -262,6 +269,7 @@ def load_backbone(
     model: str | None = None,
     img_size: int = 224,
     kwargs: Mapping[str, Any] | None = None,
+    min_match: float = 0.9,
 ) -> Backbone:
     """The backbone of a run folder, or of a weights file.
 
@@ -287,4 +295,4 @@ def load_backbone(
     if model is None:
         raise UserError(f"{path}: the file does not name its architecture; add --model with a timm name")
     kwargs = dict(kwargs or {})
-    return create_backbone(model, int(kwargs.pop("img_size", img_size)), kwargs, weights=path)
+    return create_backbone(model, int(kwargs.pop("img_size", img_size)), kwargs, path, min_match)

@@ -20,6 +20,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
         OSError: the disk refused it; nothing is left of the attempt.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for torn in folder.glob(".step_*.pt.*"):  # left by a kill in the middle of a write
+        torn.unlink()
     path = folder / f"step_{step:08d}.pt"
     temporary = folder / f".{path.name}.{os.getpid()}"
     try:

@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from dino_value import __version__
-from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+from dino_value.arguments import Parser, exit_code
+from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 the user's mistake, 75 stopped but resumable."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if arguments[:1] == ["eval"]:
-            return _evaluate(arguments[1:])
-        parser = _parser()
-        parsed, rest = parser.parse_known_args(arguments)
-        # argparse takes a list of positionals only once: key=value may also follow an option.
-        if rest and (any("=" not in part or part.startswith("-") for part in rest) or "overrides" not in parsed):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        if rest:
-            parsed.overrides += rest
-        command: Callable[[argparse.Namespace], int] = parsed.command
-        return command(parsed)
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USER
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; free space or choose another folder", file=sys.stderr)
-        return EXIT_USER
-    except Interrupted as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        return EXIT_RESUMABLE
-    except KeyboardInterrupt:
-        print("stopped at once: what came after the last checkpoint is not kept", file=sys.stderr)
-        return EXIT_RESUMABLE
+    return exit_code(lambda: _command(arguments))
+
+
+def _command(arguments: list[str]) -> int:
+    if arguments[:1] == ["eval"]:
+        return _evaluate(arguments[1:])
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes a list of positionals only once: key=value may also follow an option.
+    if rest and (any("=" not in part or part.startswith("-") for part in rest) or "overrides" not in parsed):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides += rest
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    return command(parsed)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("dino-value", description="DINO pretraining, steered by a few labels.")
+    parser = Parser("dino-value", description="DINO pretraining, steered by a few labels.")
     parser.add_argument("--version", action="version", version=f"dino-value {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -29,7 +30,7 @@ class DataConfig:
     ade20k: str | None = None  # ADEChallengeData2016
     nyuv2: str | None = None  # the folder of nyu_depth_v2_labeled.mat and splits.mat
     workers: int = 2  # loader processes for the unlabeled stream
-    in_memory: bool = False  # decode once and crop on the device; for small sets of equally sized images
+    in_memory: bool = False  # decode once; for small sets of equally sized images
     group_pattern: str | None = None  # regex on a label file's stem; images of one group never part train from meta
     neighbours: int = 1  # or: this many consecutive labelled images are one group, as frames of one place
 
@@ -186,8 +187,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "feedback.seg.head": ("linear", "conv"),
     "feedback.depth.head": ("linear",),
 }
-_AT_LEAST = {
+_TASK_AT_LEAST = (("weight", 0), ("train", 1), ("meta", 1))
+_AT_LEAST: dict[str, float] = {
     "steps": 1,
+    "seed": 0,
     "log_every": 1,
     "optim.batch_size": 2,
     "value.period": 1,
@@ -196,10 +199,56 @@ _AT_LEAST = {
     "feedback.updates": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "views.global_size": 1,
+    "views.local_size": 1,
     "views.local_count": 0,
+    "views.brightness": 0,
+    "views.contrast": 0,
+    "views.saturation": 0,
     "data.workers": 0,
     "data.neighbours": 1,
+    "objective.out_dim": 1,
+    "objective.hidden_dim": 1,
+    "objective.bottleneck_dim": 1,
+    "objective.teacher_temp_warmup": 0,
+    "objective.freeze_last_layer": 0,
+    "optim.lr": 0,
+    "optim.lr_end": 0,
+    "optim.warmup": 0,
+    "optim.weight_decay": 0,
+    "optim.weight_decay_end": 0,
+    "optim.freeze_backbone": 0,
+    "value.burn_in": 0,
+    "value.warmup": 0,
+    "designer.width": 1,
+    "designer.depth": 0,
+    "designer.stride": 1,
+    "designer.lr": 0,
+    "designer.lambda_spars": 0,
+    "designer.lambda_tv": 0,
+    "feedback.size": 1,
+    "feedback.lr": 0,
+    "feedback.warmup": 0,
+    **{f"feedback.{task}.{key}": least for task in ("seg", "depth") for key, least in _TASK_AT_LEAST},
 }
+_ABOVE_ZERO = {  # each with what the message says of it
+    "objective.student_temp": "logits are divided by it; DINO uses 0.1",
+    "objective.teacher_temp": "logits are divided by it; DINO uses 0.04",
+    "objective.teacher_temp_start": "logits are divided by it; DINO uses 0.04",
+    "optim.clip": "it is the largest gradient norm; inf clips nothing",
+    "value.radius": "it is the step of the finite difference; the default is 1e-3",
+    "designer.blur_sigma": "it is the blur's width in pixels; the default is 10",
+}
+_SHARES = (  # in [0, 1]
+    "views.jitter",
+    "views.grayscale",
+    "views.solarize",
+    "views.blur",
+    "backbone.min_match",
+    "objective.center_momentum",
+    "objective.teacher_momentum",
+)
+_RANGES = {"views.global_scale": 1.0, "views.local_scale": 1.0, "views.blur_sigma": math.inf}  # (low, high): most
 
 
 def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -241,12 +290,42 @@ def check(config: Config) -> Config:
     for key, choices in CHOICES.items():
         if get(key) not in choices:
             raise UserError(f"{key}={get(key)}: choose {', '.join(choices)}")
+    for key in _all_keys(Config, ""):
+        value = get(key)
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, float) and not math.isfinite(number) and (key, number) != ("optim.clip", math.inf):
+                raise UserError(f"{key}={value}: must be finite")
     for key, least in _AT_LEAST.items():
         if get(key) < least:
             why = " (batch statistics and the loss's pairs need it)" if "batch" in key else ""
             raise UserError(f"{key}={get(key)}: must be at least {least}{why}")
+    for key, why in _ABOVE_ZERO.items():
+        if get(key) <= 0:
+            raise UserError(f"{key}={get(key)}: must be above 0: {why}")
+    for key in _SHARES:
+        value = get(key)
+        if not all(0 <= share <= 1 for share in (value if isinstance(value, (tuple, list)) else (value,))):
+            raise UserError(f"{key}={value}: must lie in [0, 1]")
+    for key, most in _RANGES.items():
+        low, high = get(key)
+        if not 0 < low <= high <= most:
+            limit = f" <= {most:g}" if math.isfinite(most) else ""
+            raise UserError(f"{key}={get(key)}: give two numbers with 0 < low <= high{limit}")
+    if not 0 <= config.views.hue <= 0.5:
+        raise UserError(f"views.hue={config.views.hue}: must lie in [0, 0.5], shares of the colour circle")
     if not 0 < config.designer.keep_ratio < 1:
         raise UserError(f"designer.keep_ratio={config.designer.keep_ratio}: must lie between 0 and 1")
+    heads = max(1, config.designer.width // 32)
+    if config.designer.name == "sit" and (config.designer.width % 4 or config.designer.width % heads):
+        raise UserError(
+            f"designer.width={config.designer.width}: designer.name=sit needs a multiple of 4 that its heads (one for "
+            f"every 32 channels, {heads} here) divide; choose a multiple of 32, for example {32 * heads}"
+        )
+    if config.designer.through_teacher and config.designer.teacher_views == "plain":
+        raise UserError(
+            "designer.through_teacher=True has no effect with designer.teacher_views=plain, where the targets do not "
+            "depend on the masks; choose designer.teacher_views=masked or designer.through_teacher=false"
+        )
     if config.objective.teacher_temp >= config.objective.student_temp:
         raise UserError(
             f"objective.teacher_temp={config.objective.teacher_temp} is not below student_temp="

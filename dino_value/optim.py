@@ -50,16 +50,27 @@ class FiniteGuard:
     def __init__(self) -> None:
         self._pending: deque[tuple[list[str], Tensor, torch.cuda.Event | None, Callable[[str], str]]] = deque()
 
-    def protect(self, optimizer: torch.optim.Optimizer, message: Callable[[str], str], **terms: Tensor) -> None:
+    def watch(self, optimizer: torch.optim.Optimizer, message: Callable[[str], str], **terms: Tensor) -> None:
         """Before `optimizer.step()`: watch the scalars `terms`; `message` makes the error of the names of bad ones."""
         bad = ~torch.stack([term.detach().float() for term in terms.values()]).isfinite()
-        optimizer.found_inf = bad.any().float()  # type: ignore[attr-defined]
+        found = bad.any().float()
+        optimizer.found_inf = torch.maximum(found, getattr(optimizer, "found_inf", found))  # type: ignore[attr-defined]
         event = None
         if bad.is_cuda:
             bad = torch.empty(len(terms), dtype=torch.bool, pin_memory=True).copy_(bad, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
         self._pending.append((list(terms), bad, event, message))
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step `optimizer` unless a term watched since its last step is not finite.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self.check()
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]
 
     def check(self, wait: bool = False) -> None:
         """Read the flags that have arrived, or with `wait` all of them.

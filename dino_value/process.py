@@ -21,10 +21,14 @@ def choose_device(name: str) -> torch.device:
     """
     try:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"device={name}: choose cpu, cuda, cuda:1, … or auto")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name}: not available here: {str(error).splitlines()[0]}") from None
-    if device.type == "cpu":
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events and capability questions go to the current device
+    else:
         torch.set_flush_denormal(True)
     return device
 

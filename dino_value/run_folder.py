@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dino_value.checkpoint import latest_checkpoint
 from dino_value.config import Config, save_config
@@ -22,21 +27,55 @@ def prepare_folder(config: Config, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved = folder / "config.yaml"
+        strangers = sorted(path.name for path in folder.iterdir() if path.name not in _OURS and path.name[0] != ".")
         if saved.exists():
             # Through YAML, so that tuples are lists as in the file.
             now = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
             differences = _differences(OmegaConf.load(saved), now)
             # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
             begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)
+            if differences and not begun and (strangers or not _is_config(saved)):
+                raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
             if differences and begun:
                 raise UserError(
                     f"out={folder} holds a run with other settings ({'; '.join(differences[:4])}); choose another out="
                 )
-        elif any(folder.iterdir()):
+        elif strangers:
             raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
         save_config(config, saved)
+    except (YAMLError, OmegaConfBaseException):
+        raise UserError(f"{folder / 'config.yaml'}: not a run's configuration; choose another out=") from None
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written ({error.strerror}); choose another out=") from None
+
+
+def record_environment(folder: Path, found: dict[str, Any]) -> None:
+    """environment.json: what the run began with, and under `resumed` what it went on with."""
+    path = folder / "environment.json"
+    if path.exists():
+        first = json.loads(path.read_text())
+        found = {**first, "resumed": [*first.get("resumed", []), found]}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=1))
+    os.replace(temporary, path)
+
+
+_OURS = {
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "backbone.safetensors",
+    "results",
+    "report.html",
+}
+# What a run may change when it goes on: it decides how it runs, not what it computes.
+_FREE = {"out", "device", "log_every", "data.workers", "checkpoint.every", "checkpoint.keep"}
+
+
+def _is_config(path: Path) -> bool:
+    saved = OmegaConf.load(path)
+    return isinstance(saved, DictConfig) and {str(key) for key in saved} <= {item.name for item in fields(Config)}
 
 
 def _differences(old: Any, new: Any) -> list[str]:
@@ -52,6 +91,6 @@ def _differences(old: Any, new: Any) -> list[str]:
     before, after = flat(OmegaConf.to_container(old)), flat(OmegaConf.to_container(new))
     return [
         f"{name}: {before.get(name)} there, {after.get(name)} now"
-        for name in sorted({*before, *after} - {"out"})  # a folder may be moved, or named by another path
+        for name in sorted({*before, *after} - _FREE)
         if before.get(name) != after.get(name)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -58,7 +59,9 @@ class MetricsFile:
         self.path = folder / METRICS_NAME
         if self.path.exists():
             kept = [row for row in read_metrics(folder) if row["step"] <= step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, self.path)
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed with the run)
 
     def write(self, step: int, values: dict[str, float]) -> None:

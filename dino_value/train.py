@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dino_value.backbones import WEIGHTS_NAME, create_backbone, save_backbone
 from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dino_value.config import Config, packaged
 from dino_value.data import open_views
-from dino_value.data.sampling import Stream, generator, key
+from dino_value.data.sampling import Cursor, Stream, generator, key
 from dino_value.data.views import augment
 from dino_value.designers import DESIGNERS, sparsity, total_variation
 from dino_value.errors import Interrupted, UserError
@@ -27,7 +26,7 @@ from dino_value.feedback import downstream_gradient, fit_head, open_feedback
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
 from dino_value.process import choose_device, stop_requests, use_bfloat16
-from dino_value.run_folder import prepare_folder
+from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.steps import Learner, SSLTask, Views, design_views, ssl_loss, teacher_targets, update_teacher
 from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
 from dino_value.value import DIRECTIONS, ENGINES, combine, last_blocks, matching, random_like, value_step
@@ -50,7 +49,7 @@ def train(config: Config, quiet: bool = False) -> Path:
         run.load_state_dict(load_checkpoint(newest))
     if run.step >= config.steps:
         return folder
-    (folder / "environment.json").write_text(json.dumps(environment(config.seed, run.device), indent=1))
+    record_environment(folder, environment(config.seed, run.device))
 
     metrics = MetricsFile(folder, run.step)
     clock = Clock()
@@ -60,7 +59,8 @@ def train(config: Config, quiet: bool = False) -> Path:
             reporter.advance(run.step)
             last = run.step == config.steps
             if run.step % config.log_every == 0 or last:
-                values = run.meters.read() | run.schedules() | clock.read(config.optim.batch_size)
+                run.guard.check(wait=True)
+                values = run.meters.read() | run.schedules(run.step - 1) | clock.read(config.optim.batch_size)
                 metrics.write(run.step, values)
                 reporter.say(run.step, values)
             if run.step % config.checkpoint.every == 0 or last or stopping():
@@ -106,21 +106,32 @@ class Run:
         self.guard = FiniteGuard()
         self.steered = config.method != "baseline"
         if self.steered:
-            self.meta_stream = Stream(views, config.value.batch_size, config.seed, "meta unlabeled")
             self._build_designer()
+            # No image of the g_down batches may be among those of g_pre.
+            held = {task.source.name(index) for task in self.feedback for index in task.meta_indices}
+            self.meta_stream = Stream(
+                views.without(held), config.value.batch_size, config.seed, "meta unlabeled", min(1, workers)
+            )
+            self.meta = Cursor(self.meta_stream)
 
     def _build_designer(self) -> None:
         config, backbone = self.config, self.student.backbone
-        d, s = config.designer, config.value.scope
+        d, s, after = config.designer, config.value.scope, (backbone.final_norm,)
         try:
-            self.scope = matching(backbone, s.patterns) if s.patterns else last_blocks(backbone, s.blocks)
+            self.scope = matching(backbone, s.patterns, after) if s.patterns else last_blocks(backbone, s.blocks, after)
         except ValueError as error:
             raise UserError(f"value.scope: {error}") from None
         torch.manual_seed(key(config.seed, "designer"))
-        before = [name for name in self.scope.names if not name.startswith(("model.blocks.", "model.norm."))]
+        before = [
+            name for name in self.scope.names if not name.startswith(("model.blocks.", f"model.{backbone.final_norm}."))
+        ]
         if before:
             raise UserError(
                 f"value.scope.patterns: {before[0]} lies before the blocks; choose parameters of blocks and norm"
+            )
+        if config.feedback.size % backbone.patch_size:
+            raise UserError(
+                f"feedback.size={config.feedback.size}: not a multiple of the patch size {backbone.patch_size}"
             )
         sizes = [config.views.global_size] + [config.views.local_size] * (d.crops == "all")
         if any(size % d.stride for size in sizes):
@@ -166,7 +177,8 @@ class Run:
             self.student.backbone.zero_grad()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), o.clip)
         self.set_schedules()
-        self.apply(self.optimizer, self.stream, self.step, loss=loss, gradient_norm=gradient_norm)
+        self.watch(self.optimizer, self.stream, self.step, loss=loss, gradient_norm=gradient_norm)
+        self.guard.step(self.optimizer)
         self.loss.update_center(logits)
         momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
         update_teacher(self.student, self.teacher, momentum)
@@ -180,18 +192,18 @@ class Run:
         d = config.designer
         torch.manual_seed(key(config.seed, "designer step", number))
         self.student.eval()  # stochastic depth would make every pass, and both ends of a difference, another function
-        large, small = self.meta_stream.batch(number)
+        large, small = self.meta.next()
         views = self.make_views(large, small, "meta", number)
         with self.autocast():
             for task in self.feedback:
                 for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
-                    fit_head(task, self.student.backbone, self.device)
+                    fit_head(task, self.student.backbone, self.device, self.guard)
             found = [
                 downstream_gradient(task, self.student.backbone, self.scope, self.device) for task in self.feedback
             ]
             gradients, losses = zip(*found, strict=True)
             g_down = combine(gradients, [task.weight for task in self.feedback])
-            if config.method == "random":
+            if config.method == "random" or config.value.direction == "random":
                 g_down = random_like(g_down, generator(config.seed, "random direction", number))
 
             seed = key(config.seed, "meta fill", number)
@@ -212,12 +224,16 @@ class Run:
             phi = list(self.designer.parameters())
             self.designer_optimizer.zero_grad()
             parameters = self.scope.parameters(self.student.backbone)
-            direction = DIRECTIONS[config.value.direction]
+            # A random g_down, drawn above from a generator of its own, is a random direction already.
+            direction = DIRECTIONS["dot" if config.value.direction == "random" else config.value.direction]
             found_value = value_step(ssl, parameters, g_down, direction, self.engine, phi, penalty, hidden)
         designer_norm = torch.nn.utils.clip_grad_norm_(phi, config.optim.clip)
         feedback = {f"loss_{task.kind}": loss for task, loss in zip(self.feedback, losses, strict=True)}
-        terms = {**feedback, "value": found_value.value, "designer_gradient_norm": designer_norm}
-        self.apply(self.designer_optimizer, self.meta_stream, number, **terms)
+        for task, (name, loss) in zip(self.feedback, feedback.items(), strict=True):
+            self.watch(self.designer_optimizer, task.meta_stream, task.meta.count - 1, **{name: loss})
+        terms = {"value": found_value.value, "designer_gradient_norm": designer_norm}
+        self.watch(self.designer_optimizer, self.meta_stream, number, **terms)
+        self.guard.step(self.designer_optimizer)
         self.student.train()
         self.designer_updates += 1
         self.meters.add(
@@ -234,39 +250,32 @@ class Run:
         views = augment(large, small, self.config.views, self.config.seed, name, number)
         return Views(*(self.student.backbone.normalise(group) for group in views))
 
-    def apply(self, optimizer: torch.optim.Optimizer, stream: Stream, number: int, **terms: Tensor) -> None:
-        """Step `optimizer` unless a term is not finite; its views came from batch `number` of `stream`.
-
-        Raises:
-            UserError: naming the terms, the step and the batch; nothing of that step is applied.
-        """
+    def watch(self, optimizer: torch.optim.Optimizer, stream: Stream, number: int, **terms: Tensor) -> None:
+        """Have the guard refuse `optimizer`'s next step if a term is not finite; they came from batch `number`."""
         step = self.step
 
         def message(bad: str) -> str:
-            batch = stream.indices(number).tolist()
             return (
-                f"step {step}: {bad} not finite; nothing was applied. Batch {number} of {stream.name}: images "
-                f"{batch[:8]}{' …' if len(batch) > 8 else ''} of the sorted list. Lower optim.lr or raise teacher_temp"
+                f"step {step}: {bad} not finite; nothing was applied. {stream.describe(number)}. "
+                "Lower optim.lr or raise teacher_temp"
             )
 
-        self.guard.protect(optimizer, message, **terms)
-        self.guard.check()
-        optimizer.step()
+        self.guard.watch(optimizer, message, **terms)
 
     def teacher_temperature(self) -> float:
         c = self.config.objective
         return linear_schedule(self.step, c.teacher_temp_start, c.teacher_temp, c.teacher_temp_warmup)
 
-    def schedules(self) -> dict[str, float]:
-        """Learning rate and weight decay of the current step."""
+    def schedules(self, step: int) -> dict[str, float]:
+        """Learning rate and weight decay of a step."""
         o, steps = self.config.optim, self.config.steps
         return {
-            "lr": cosine_schedule(self.step, steps, o.lr, o.lr_end, o.warmup),
-            "weight_decay": cosine_schedule(self.step, steps, o.weight_decay, o.weight_decay_end),
+            "lr": cosine_schedule(step, steps, o.lr, o.lr_end, o.warmup),
+            "weight_decay": cosine_schedule(step, steps, o.weight_decay, o.weight_decay_end),
         }
 
     def set_schedules(self) -> None:
-        now = self.schedules()
+        now = self.schedules(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = now["lr"]
             if group["decay"]:
@@ -292,8 +301,9 @@ class Run:
         self.guard.check(wait=True)
         keep = self.config.checkpoint.keep
         try:
-            save_checkpoint(folder / "checkpoints", self.step, self.state_dict(), keep)
+            # The checkpoint last: whatever a kill leaves undone before it is done again on resume.
             save_backbone(folder / WEIGHTS_NAME, self.teacher.backbone, {"step": str(self.step)})
+            save_checkpoint(folder / "checkpoints", self.step, self.state_dict(), keep)
         except OSError as error:
             raise UserError(
                 f"{folder}: step {self.step} could not be saved ({error.strerror or error}); "
@@ -327,5 +337,6 @@ class Run:
             self.designer.load_state_dict(state["designer"])
             self.designer_optimizer.load_state_dict(state["designer_optimizer"])
             self.designer_updates = state["designer_updates"]
+            self.meta.seek(self.designer_updates)
             for task in self.feedback:
                 task.load_state_dict(state["feedback"][task.kind])

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from dino_value.arguments import Parser, exit_code
 from dino_value.backbones import Backbone, Features, load_backbone
 from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled
-from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
+from dino_value.errors import EXIT_DONE, UserError
 
 Reader = Callable[[Features], Tensor]
 """What a head reads of a backbone's features: a map [B D h w] or a vector [B D]."""
@@ -95,6 +96,8 @@ def check_inputs(backbone: Backbone, sources: Sequence[LabelledSource], kind: st
     for key in ("steps", "batch", "lr"):
         if getattr(options, key) <= 0:
             raise UserError(f"{key}={getattr(options, key)} must be positive")
+    if options.workers < 0:
+        raise UserError(f"workers={options.workers} must be at least 0 (0 reads images in this process)")
     if min(options.size) < 1 or any(side % backbone.patch_size for side in options.size):
         fitting = "x".join(
             str(max(1, round(side / backbone.patch_size)) * backbone.patch_size) for side in options.size
@@ -153,24 +156,50 @@ def shuffled_keys(count: int, batch: int, steps: int, seed: int) -> Iterator[lis
         del pool[:batch]
 
 
-def _collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-    images, targets = zip(*items, strict=True)
+class _Items(Dataset["tuple[Tensor, Tensor] | UserError"]):
+    """A data set whose mistakes are handed over as they are: the loader would wrap them in a traceback."""
+
+    def __init__(self, dataset: LabelledDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            return self.dataset[key]
+        except UserError as error:
+            return error
+
+
+def _collate(items: list[tuple[Tensor, Tensor] | UserError]) -> tuple[Tensor, list[Tensor]] | UserError:
+    pairs = []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        pairs.append(item)
+    images, targets = zip(*pairs, strict=True)
     return torch.stack(images), list(targets)
 
 
 def loader(
     dataset: LabelledDataset, keys: Iterable[list[tuple[int, int]]], workers: int
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Batches in the order of `keys`: images uint8 [B 3 h w] and a list of targets."""
+    """Batches in the order of `keys`: images uint8 [B 3 h w] and a list of targets.
+
+    Raises:
+        UserError: an item that cannot be read, also where a worker found it.
+    """
     # The keys carry every random choice, so the order of workers cannot change the data; the generator is
     # there only so that DataLoader does not draw its base seed from the global one.
-    yield from DataLoader(
-        dataset,  # type: ignore[arg-type]
+    batches = DataLoader(
+        _Items(dataset),
         batch_sampler=keys,
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),
     )
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def training_batches(
@@ -319,13 +348,24 @@ def parse_size(text: str) -> tuple[int, int]:
     return height, width
 
 
+def parse_share(text: str) -> float:
+    """A number in [0, 1]."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1]")
+    return share
+
+
 def format_size(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
 def build_parser(name: str, description: str, defaults: HeadOptions, heads: Sequence[str]) -> argparse.ArgumentParser:
     """The flags that every evaluation has; its defaults are the published protocol."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         f"dino-value eval {name}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -334,6 +374,9 @@ def build_parser(name: str, description: str, defaults: HeadOptions, heads: Sequ
     parser.add_argument("--data", required=True, help='root of the data set, or "scenes" for the embedded one')
     parser.add_argument("--out", required=True, type=Path, help="folder that gets results.json")
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
+    parser.add_argument(
+        "--min-match", default=0.9, type=parse_share, help="refuse weights that fill less of the model, a share"
+    )
     parser.add_argument("--head", default=defaults.head, choices=heads)
     parser.add_argument(
         "--size",
@@ -371,7 +414,12 @@ def run(
     options = replace(defaults, progress=True, **{k: v for k, v in vars(arguments).items() if k in known})
     if pick_device(options.device).type == "cpu":
         torch.set_flush_denormal(True)
-    backbone = load_backbone(arguments.run_or_weights, model=arguments.model, img_size=max(options.size))
+    backbone = load_backbone(
+        arguments.run_or_weights,
+        model=arguments.model,
+        img_size=max(options.size),
+        min_match=arguments.min_match,
+    )
     training = open_labelled(layout, arguments.data, "training")
     validation = open_labelled(layout, arguments.data, "validation")
     prepare_folder(arguments.out)
@@ -453,8 +501,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def script(main: Callable[[Sequence[str]], int]) -> None:
     """Run `main` as `python eval/<name>.py …`, with the exit codes of the dino-value command."""
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

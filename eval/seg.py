@@ -62,12 +62,14 @@ def evaluate(
         loss, pixels = (torch.zeros((), dtype=torch.float64, device=extractor.device) for _ in range(2))
         with torch.no_grad():
             for features, targets in common.validation_batches(extractor, val_source, options):
-                for logits, labels in common.same_size_runs(head(features), targets):
-                    logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-                    valid = (labels != IGNORE).sum()
-                    loss += segmentation_loss(logits, labels).double() * valid
-                    pixels += valid
-                    confusion += confusion_matrix(logits.argmax(1), labels, classes)
+                for coarse, truth in common.same_size_runs(head(features), targets):
+                    # Logits of all classes at full resolution are what fills the memory: a few images at a time.
+                    for logits, labels in zip(coarse.split(options.batch), truth.split(options.batch), strict=True):
+                        logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
+                        valid = (labels != IGNORE).sum()
+                        loss += segmentation_loss(logits, labels).double() * valid
+                        pixels += valid
+                        confusion += confusion_matrix(logits.argmax(1), labels, classes)
     scores = scores_of(confusion, train_source.class_names)
     return {**scores, "loss": float(loss / pixels)}
 

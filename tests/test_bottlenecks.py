@@ -22,7 +22,7 @@ from dino_value.data.labelled import LabelledSource
 from dino_value.data.sampling import generator, key
 from dino_value.designers import fill_in
 from dino_value.feedback import FeedbackTask, downstream_gradient, fit_head
-from dino_value.optim import cosine_schedule
+from dino_value.optim import FiniteGuard, cosine_schedule
 from dino_value.steps import Views, ssl_loss
 from dino_value.train import Run
 
@@ -224,7 +224,7 @@ def test_g_down_and_the_heads_take_no_part_in_each_others_steps(tiny: Make) -> N
     assert same([task.head.state_dict() for task in run.feedback], before[1])
     assert all(parameter.grad is None for parameter in run.student.parameters())
     for task in run.feedback:
-        fit_head(task, run.student.backbone, run.device)
+        fit_head(task, run.student.backbone, run.device, FiniteGuard())
     assert all(parameter.grad is None for parameter in run.student.parameters())
     assert same(theta(run), before[0])
 
@@ -235,7 +235,7 @@ def test_g_down_is_the_gradient_of_the_evaluators_loss(tiny: Make, kind: str) ->
     run = Run(tiny())
     task = next(task for task in run.feedback if task.kind == kind)
     for _ in range(3):
-        fit_head(task, run.student.backbone, run.device)
+        fit_head(task, run.student.backbone, run.device, FiniteGuard())
     images, labels = task.meta_stream.batch(0)
     backbone = copy.deepcopy(run.student.backbone)
     features = backbone(backbone.normalise(images))

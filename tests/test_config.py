@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from dino_value.config import CHOICES, Config, load_config, save_config
@@ -91,6 +92,95 @@ def test_an_unknown_key_in_the_file(file: Path) -> None:
 )
 def test_bad_values(file: Path, override: str, said: str) -> None:
     assert said in refusal(file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=-1", "at least 0"),
+        ("designer.stride=0", "at least 1"),
+        ("designer.depth=-1", "at least 0"),
+        ("designer.width=0", "at least 1"),
+        ("designer.lr=-1", "at least 0"),
+        ("designer.blur_sigma=0", "above 0: it is the blur's width in pixels"),
+        ("optim.lr=-1", "at least 0"),
+        ("optim.lr=nan", "must be finite"),
+        ("optim.lr_end=-1e-6", "at least 0"),
+        ("optim.clip=0", "above 0"),
+        ("optim.warmup=-1", "at least 0"),
+        ("optim.weight_decay=-0.1", "at least 0"),
+        ("optim.weight_decay_end=-0.1", "at least 0"),
+        ("optim.freeze_backbone=-1", "at least 0"),
+        ("objective.teacher_temp=0", "above 0: logits are divided by it"),
+        ("objective.student_temp=0", "above 0: logits are divided by it"),
+        ("objective.teacher_temp_start=0", "above 0"),
+        ("objective.teacher_temp_warmup=-1", "at least 0"),
+        ("objective.freeze_last_layer=-1", "at least 0"),
+        ("objective.teacher_momentum=1.1", "lie in [0, 1]"),
+        ("objective.center_momentum=-0.1", "lie in [0, 1]"),
+        ("objective.out_dim=0", "at least 1"),
+        ("value.radius=0", "above 0"),
+        ("value.burn_in=-1", "at least 0"),
+        ("value.warmup=-1", "at least 0"),
+        ("views.global_size=0", "at least 1"),
+        ("views.local_size=0", "at least 1"),
+        ("views.global_scale=[0.5,0.4]", "0 < low <= high <= 1"),
+        ("views.local_scale=[0,0.4]", "0 < low <= high <= 1"),
+        ("views.local_scale=[0.1,1.5]", "0 < low <= high <= 1"),
+        ("views.blur_sigma=[2,1]", "0 < low <= high"),
+        ("views.blur_sigma=[0.1,.inf]", "must be finite"),
+        ("views.jitter=2", "lie in [0, 1]"),
+        ("views.grayscale=-0.1", "lie in [0, 1]"),
+        ("views.solarize=1.1", "lie in [0, 1]"),
+        ("views.blur=[1,1,2]", "lie in [0, 1]"),
+        ("views.hue=0.6", "lie in [0, 0.5]"),
+        ("views.contrast=-1", "at least 0"),
+        ("backbone.min_match=90", "lie in [0, 1]"),
+        ("feedback.lr=-1", "at least 0"),
+        ("feedback.warmup=-1", "at least 0"),
+        ("feedback.size=0", "at least 1"),
+        ("feedback.seg.train=0", "at least 1"),
+        ("feedback.depth.meta=0", "at least 1"),
+        ("feedback.depth.weight=-1", "at least 0"),
+        ("feedback.seg.weight=inf", "must be finite"),
+    ],
+)
+def test_numbers_out_of_range(file: Path, override: str, said: str) -> None:
+    message = refusal(file, override)
+    assert message.startswith(f"{override.partition('=')[0]}=")
+    assert said in message
+
+
+@pytest.mark.parametrize("width", [1, 6, 66, 100])
+def test_a_transformer_designer_refuses_an_odd_width(file: Path, width: int) -> None:
+    assert f"designer.width={width}: designer.name=sit" in refusal(file, "designer.name=sit", f"designer.width={width}")
+    assert load_config(file, [f"designer.width={width}"]).designer.width == width
+
+
+@pytest.mark.parametrize("width", [4, 36, 64, 96])
+def test_the_widths_that_pass_can_be_built(file: Path, width: int) -> None:
+    load_config(file, ["designer.name=sit", f"designer.width={width}"])
+    masks = DESIGNERS["sit"](width=width, depth=1, stride=8, keep_ratio=0.5)(torch.zeros(1, 3, 16, 16))
+    assert masks.shape == (1, 1, 16, 16)
+
+
+def test_a_plain_teacher_passes_no_gradient_on(file: Path) -> None:
+    message = refusal(file, "designer.through_teacher=true", "designer.teacher_views=plain")
+    assert "choose designer.teacher_views=masked or designer.through_teacher=false" in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "designer.lr=0",
+        "optim.clip=.inf",
+        "views.global_scale=[1,1]",
+        "objective.teacher_momentum=1",
+        "designer.depth=0",
+    ],
+)
+def test_numbers_at_the_edge(file: Path, override: str) -> None:
+    load_config(file, [override])
 
 
 def test_a_missing_value_is_named(file: Path) -> None:

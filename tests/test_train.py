@@ -318,7 +318,7 @@ def test_when_the_designer_is_updated(tiny: Callable[..., Config], overrides: li
 
 def test_heads_warm_up_once_and_then_take_their_updates(tiny: Callable[..., Config]) -> None:
     run = Run(tiny("feedback.updates=3", "feedback.warmup=4"))
-    counts = [(steps(run, 1).feedback[0].train_count, run.feedback[0].meta_count) for _ in range(4)]
+    counts = [(steps(run, 1).feedback[0].train.count, run.feedback[0].meta.count) for _ in range(4)]
     assert counts == [(7, 1), (7, 1), (10, 2), (10, 2)]
 
 
@@ -443,7 +443,7 @@ def test_the_feedback_task_that_went_wrong_is_named(tiny: Callable[..., Config])
     run = Run(tiny())
     with torch.no_grad():
         run.feedback[1].head.regress.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"step 0: loss_depth and value and designer_gradient_norm not finite"):
+    with pytest.raises(UserError, match=r"loss_depth not finite"):
         run.designer_update()
 
 

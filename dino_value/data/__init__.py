@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 
 from dino_value.data.folders import list_images, read_image
-from dino_value.data.sampling import Source
 from dino_value.data.views import FolderViews, MemoryViews, ViewSettings
 from dino_value.errors import UserError
 
 __all__ = ["open_views"]
 
 
-def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> Source:
+def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> MemoryViews | FolderViews:
     """The unlabeled stream's source: a folder of images, nested or not, or the embedded `scenes`.
 
     Args:
@@ -37,4 +36,4 @@ def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> So
                 "data.in_memory needs one size: set data.in_memory=false"
             )
         images.append(image)
-    return MemoryViews(torch.stack(images), settings)
+    return MemoryViews(torch.stack(images), settings, [str(file) for file in paths])

@@ -7,6 +7,7 @@ whatever the number of workers, and a stopped run goes on by asking for step t.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -59,6 +60,11 @@ class Stream:
         order = torch.randperm(len(self.source), generator=generator(self.seed, self.name, epoch))
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
+    def describe(self, step: int) -> str:
+        """Batch `step` in words, for error messages."""
+        batch = self.indices(step).tolist()
+        return f"Batch {step} of {self.name}: images {batch[:8]}{' …' if len(batch) > 8 else ''} of the sorted list"
+
     def batch(self, step: int) -> tuple[Tensor, ...]:
         """Batch `step`, made here and now."""
         return self.source.batch(self.indices(step).tolist(), key(self.seed, self.name, "batch", step))
@@ -80,11 +86,37 @@ class Stream:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4,
             multiprocessing_context=processes,
+            generator=torch.Generator(),  # for the loader's base seed, which would be drawn from the global generator
         )
-        for batch in loader:
+        # A signal to the whole group is the training process's to answer: workers inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR2))
+        try:
+            batches = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+class Cursor:
+    """A place in a stream: `count` batches have been taken, and `count` is all that a checkpoint has to keep."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream, self.count = stream, 0
+        self._batches: Iterator[tuple[Tensor, ...]] | None = None
+
+    def next(self) -> tuple[Tensor, ...]:
+        """The next batch."""
+        if self._batches is None:
+            self._batches = self.stream.iterate(self.count, 2**31)
+        self.count += 1
+        return next(self._batches)
+
+    def seek(self, count: int) -> None:
+        """Go on as if `count` batches had been taken."""
+        self.count, self._batches = count, None
 
 
 class _Steps(Dataset["tuple[Tensor, ...] | UserError"]):

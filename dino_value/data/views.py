@@ -7,7 +7,8 @@ worked on wherever they are, a whole batch at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -88,8 +89,17 @@ def crop(images: Tensor, boxes: Tensor, size: int) -> Tensor:
 class MemoryViews:
     """Crops from images held in memory, uint8 [n 3 H W]."""
 
-    def __init__(self, images: Tensor, settings: ViewSettings) -> None:
+    def __init__(self, images: Tensor, settings: ViewSettings, names: Sequence[str] | None = None) -> None:
         self.images, self.settings = images, settings
+        self.names = [""] * len(images) if names is None else list(names)
+
+    def without(self, names: Collection[str]) -> MemoryViews:
+        """The same source less the files `names`."""
+        held = {os.path.realpath(name) for name in names}
+        keep = [place for place, name in enumerate(self.names) if not name or os.path.realpath(name) not in held]
+        if len(keep) == len(self.names):
+            return self
+        return MemoryViews(self.images[torch.tensor(keep)], self.settings, [self.names[place] for place in keep])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,6 +125,11 @@ class FolderViews:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def without(self, names: Collection[str]) -> FolderViews:
+        """The same source less the files `names`."""
+        held = {os.path.realpath(name) for name in names}
+        return FolderViews([path for path in self.paths if os.path.realpath(path) not in held], self.settings)
 
     def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, Tensor]:
         """As `MemoryViews.batch`; the crops of a file follow from (key, its place in the batch)."""
@@ -229,7 +244,7 @@ def photometric(
     if len(blurred):
         radius = min(int(3 * settings.blur_sigma[1] + 0.5), views.shape[-1] - 1)
         width = 2 * max(1, radius) + 1
-        put(blurred, gaussian_blur2d(take(blurred), (width, width), on(blurred, sigma)[:, None].expand(-1, 2)))
+        put(blurred, gaussian_blur2d(take(blurred), (width, width), sigma[blurred][:, None].expand(-1, 2)))
 
     inverted = rows(solar)
     if len(inverted):

@@ -42,6 +42,6 @@ def value_step(
     hidden = task.trunk() if hidden is None else hidden
     g_pre = pre_gradient(task, hidden, parameters)
     u = direction(g_down, g_pre)
-    engine(task, hidden, parameters, u, phi, penalty)
+    engine(task, hidden, parameters, u, phi, penalty, g_pre)
     value, norm_down, norm_pre = inner(g_down, g_pre), norm(g_down), norm(g_pre)
     return ValueStep(value, value / (norm_down * norm_pre).clamp_min(1e-20), norm_down, norm_pre)

@@ -1,8 +1,10 @@
 """Each evaluation end to end, on images whose labels the features of any backbone carry."""
 
+import errno
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import LabelledTensors
-from dino_value.errors import UserError
+from dino_value.errors import Interrupted, UserError
 from dino_value.eval import common, depth, linear, seg
 
 SIZE = (32, 32)
@@ -153,6 +157,23 @@ def test_label_maps_keep_their_own_resolution(backbone: Backbone) -> None:
     assert pixels == [(1, 16, 32), (2, 32, 32)] * 3
 
 
+def test_validation_is_upsampled_a_few_images_at_a_time(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never more than a batch at full resolution, and the same scores however large that is."""
+    seen: list[int] = []
+    loss = seg.segmentation_loss
+
+    def count(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(len(logits))
+        return loss(logits, labels)
+
+    monkeypatch.setattr(seg, "segmentation_loss", count)
+    monkeypatch.setattr(common, "fit_head", lambda head, *_: head.eval())
+    few = seg.evaluate(backbone, seg_source(8), seg_source(10, 1), replace(SEG, batch=4))
+    assert seen == [4, 4, 2]
+    assert seg.evaluate(backbone, seg_source(8), seg_source(10, 1), replace(SEG, batch=10)) == pytest.approx(few)
+    assert seen[3:] == [10]
+
+
 def test_every_item_is_drawn_once_an_epoch() -> None:
     batches = list(common.shuffled_keys(count=10, batch=4, steps=5, seed=3))
     assert [len(batch) for batch in batches] == [4] * 5
@@ -175,6 +196,7 @@ def test_head_that_diverges_is_reported() -> None:
         ({"steps": 0}, "steps=0 must be positive"),
         ({"batch": -1}, "batch=-1"),
         ({"lr": 0.0}, "lr=0"),
+        ({"workers": -1}, "workers=-1 must be at least 0"),
         ({"device": "warp"}, "device 'warp' cannot be used here"),
     ],
 )
@@ -253,6 +275,34 @@ def test_command_reads_folders(weights: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "results.json").read_text())["top1"] == 1
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read(weights: str, tmp_path: Path, workers: int) -> None:
+    for split in ("train", "val"):
+        for name in NAMES[:2]:
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("RGB", (32, 32)).save(tmp_path / split / name / f"{index}.png")
+    (tmp_path / "train" / "red" / "3.png").write_bytes(b"")
+    arguments = [weights, "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--size", "32", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"3\.png") as raised:
+        linear.main([*arguments, "--steps", "4", "--batch", "4", "--workers", str(workers)])
+    assert "\n" not in str(raised.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.usefixtures("embedded")
+def test_min_match_reaches_the_loader(weights: str, tmp_path: Path) -> None:
+    tensors = load_file(weights)
+    del tensors["norm.weight"], tensors["norm.bias"]
+    part = tmp_path / "part.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        save_file(tensors, part, metadata=file.metadata())
+    arguments = [str(part), "--data", "scenes", "--out", str(tmp_path / "out"), "--size", "32", "--device", "cpu"]
+    with pytest.raises(UserError, match="missing 2"):
+        seg.main([*arguments, "--steps", "1", "--min-match", "1"])
+    assert seg.main([*arguments, "--steps", "1", "--min-match", "0.5"]) == 0
+
+
 @pytest.mark.usefixtures("embedded")
 def test_output_folder_that_cannot_be_made(weights: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
@@ -277,18 +327,48 @@ def test_size(text: str, size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "1x2x3", "big", "64x"])
-def test_bad_size(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
+def test_bad_size(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not a size.*; see dino-value eval seg --help"):
         seg.main(["w", "--data", "d", "--out", "o", "--size", text])
-    assert raised.value.code == 2
-    assert "is not a size" in capsys.readouterr().err
 
 
-def test_file_runs_as_a_script(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["-0.1", "1.5", "nan", "most"])
+def test_bad_min_match(text: str) -> None:
+    with pytest.raises(UserError, match=r"is not a number in \[0, 1\]"):
+        seg.main(["w", "--data", "d", "--out", "o", f"--min-match={text}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [([], "none.safetensors"), (["--head", "none"], "argument --head: invalid choice: 'none'")]
+)
+def test_file_runs_as_a_script(tmp_path: Path, flags: list[str], said: str) -> None:
     script = Path(__file__).parents[2] / "eval" / "seg.py"
-    arguments = [str(tmp_path / "none.safetensors"), "--data", "scenes", "--out", str(tmp_path / "out")]
+    arguments = [str(tmp_path / "none.safetensors"), "--data", "scenes", "--out", str(tmp_path / "out"), *flags]
     done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
     assert done.returncode == 2
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "none.safetensors" in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert said in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines"),
+        (OSError(errno.ENOSPC, "No space left on device", "out/a"), 2, "error: out/a: No space left on device; free"),
+        (Interrupted("saved"), 75, "stopped: saved"),
+        (KeyboardInterrupt(), 75, "stopped at once"),
+    ],
+)
+def test_a_script_ends_as_the_command_does(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        common.script(main)
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
