@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -401,3 +402,15 @@ def test_the_meta_unlabeled_stream_is_independent_of_the_learners(tiny: Make) ->
     assert not torch.equal(
         run.make_views(large, small, "learner", 0).large, run.make_views(large, small, "meta", 0).large
     )
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_meta_image_is_never_in_the_unlabeled_meta_batch(tiny: Make, tiny_data: Path, in_memory: bool) -> None:
+    """Also where the unlabeled folder is the labelled one."""
+    run = Run(tiny(f"data.unlabeled={tiny_data / 'ade' / 'images'}", f"data.in_memory={in_memory}"))
+    held = {Path(task.source.name(index)).resolve() for task in run.feedback for index in task.meta_indices}
+    source: Any = run.meta_stream.source
+    offered = {Path(name).resolve() for name in (source.names if in_memory else source.paths)}
+    assert len(offered) == 16 - 4
+    assert not offered & held
+    assert len(run.stream.source) == 16  # the learner's own stream keeps everything

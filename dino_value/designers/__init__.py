@@ -1,4 +1,4 @@
-"""Task designers φ: a view in, a soft mask out. To add one: a file, a line in DESIGNERS, a line in the shared test."""
+"""Task designers φ: a view in, a soft mask out. To add one: a file, and a line in DESIGNERS."""
 
 from collections.abc import Callable
 
