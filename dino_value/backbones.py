@@ -43,6 +43,11 @@ class Hidden(NamedTuple):
     rope: Tensor | None
     grid: tuple[int, int]
 
+    def full(self) -> Hidden:
+        """The same in float32 where it was in less: differences and second derivatives do not survive bfloat16."""
+        low = self.tokens.dtype in (torch.bfloat16, torch.float16)
+        return self._replace(tokens=self.tokens.float()) if low else self
+
 
 class Backbone(nn.Module):
     """A timm VisionTransformer or EVA/DINOv3-style ViT, without its classifier.

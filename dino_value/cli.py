@@ -53,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress")
     train.set_defaults(command=_train)
 
+    probe = commands.add_parser("probe", help="does V foretell what one step of a run does to held-out feedback?")
+    probe.add_argument("run", type=Path, metavar="RUN", help="folder of a run with feedback")
+    probe.add_argument("--trials", type=int, default=32, help="one-step updates tried (default: %(default)s)")
+    probe.add_argument("--held", type=int, default=64, help="labelled images a task, to measure on (%(default)s)")
+    probe.add_argument("--seed", type=int, default=0, help="of the unlabeled batches (default: %(default)s)")
+    probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe.json)")
+    probe.set_defaults(command=_probe)
+
     # Only for the help text: main() hands its arguments to the evaluation's own parser.
     commands.add_parser("eval", help="linear, seg or depth: a head on frozen features of a run or a weights file")
     return parser
@@ -71,6 +79,22 @@ def _train(arguments: argparse.Namespace) -> int:
 
     folder = train(load_config(arguments.config, arguments.overrides), quiet=arguments.quiet)
     print(folder)
+    return EXIT_DONE
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from dino_value.files import write_json
+    from dino_value.probe import print_result, probe_run
+
+    path = arguments.out or arguments.run / "results" / "probe.json"
+    found = probe_run(arguments.run, arguments.trials, arguments.held, arguments.seed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    print_result(found)
+    print(path)
     return EXIT_DONE
 
 

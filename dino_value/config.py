@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
@@ -20,6 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.errors import UserError
+from dino_value.files import write_text
+from dino_value.value import COMBINATIONS
+
+MASKS = ("unet", "sit")
+CLOSED_FORMS = ("weights", "best_of_n")
 
 
 @dataclass
@@ -106,13 +112,19 @@ class ValueConfig:
     warmup: int = 0  # designer-only updates when burn-in ends
     batch_size: int = 32  # the meta unlabeled batch
     direction: str = "dot"
-    engine: str = "finite_difference"
-    radius: float = 1e-3  # of the finite difference, ε = radius/‖u‖; see docs/results.md
+    combine: str = "weights"  # of the tasks' gradients: α (the paper), normalised, or a rule of torchjd
+    guard_rate: float = 0.1  # of the multiplier that holds a guard task's V at 0 or above
+    engine: str = "auto"  # the cheapest that is exact enough on the first meta batch
+    radius: float | None = None  # of the finite difference, ε = radius/‖u‖; None: what is best on the first meta batch
+    tolerance: float = 5e-2  # relative error of φ's gradient above which an engine is refused
+    diagnose: int = 0  # designer updates between measurements on held feedback; 0 takes none
     scope: ScopeConfig = field(default_factory=ScopeConfig)
 
 
 @dataclass
 class DesignerConfig:
+    """A mask generator, a closed form without parameters, or one of each: `unet`, `weights`, `unet+weights`."""
+
     name: str = "unet"
     width: int = 16
     depth: int = 3
@@ -126,6 +138,19 @@ class DesignerConfig:
     crops: str = "global"  # or all
     teacher_views: str = "masked"  # or plain
     through_teacher: bool = False  # does φ's gradient also flow through the teacher's targets
+    temperature: float = 1.0  # of `weights`: τ in standard deviations of the terms' values
+    weight_clip: float = 10.0  # of `weights`: the largest weight against that of a mean term, and the inverse
+    candidates: int = 4  # of `best_of_n`: local crops drawn for each one kept
+
+    @property
+    def mask(self) -> str | None:
+        """The mask generator's name, if there is one."""
+        return next((part for part in self.name.split("+") if part in MASKS), None)
+
+    @property
+    def closed_form(self) -> str | None:
+        """The closed form's name, if there is one."""
+        return next((part for part in self.name.split("+") if part in CLOSED_FORMS), None)
 
 
 @dataclass
@@ -134,6 +159,8 @@ class TaskConfig:
     head: str = "linear"
     train: int = 512  # images that fit the head
     meta: int = 128  # other images, that give g_down
+    held: int = 0  # others still, that nothing learns from: for value.diagnose and the probe
+    guard: bool = False  # hold this task's V at 0 or above rather than raise it
 
 
 @dataclass
@@ -145,6 +172,8 @@ class FeedbackConfig:
     lr: float = 1e-3  # of the heads
     updates: int = 1  # head updates before each g_down
     warmup: int = 100  # head updates before the first g_down: a random head's gradient teaches nothing
+    refresh: int = 0  # designer updates for which g_down of the whole meta pool is kept; 0: one meta batch an update
+    ema: float = 0.0  # decay of a moving average of g_down; 0: none
 
 
 @dataclass
@@ -178,16 +207,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("value", "baseline", "random"),
     "precision": ("auto", "bf16", "fp32"),
     "backbone.attention": ("sdpa", "math"),
-    "value.direction": ("dot", "cosine", "random"),
-    "value.engine": ("finite_difference", "double_backward"),
-    "designer.name": ("unet", "sit"),
+    "value.direction": ("dot", "cosine", "adam", "random"),
+    "value.engine": ("auto", "finite_difference", "double_backward"),
+    "value.combine": tuple(COMBINATIONS),
     "designer.fill": ("blur", "mean", "noise"),
     "designer.crops": ("global", "all"),
     "designer.teacher_views": ("masked", "plain"),
     "feedback.seg.head": ("linear", "conv"),
     "feedback.depth.head": ("linear",),
 }
-_TASK_AT_LEAST = (("weight", 0), ("train", 1), ("meta", 1))
+_TASK_AT_LEAST = (("weight", 0), ("train", 1), ("meta", 1), ("held", 0))
 _AT_LEAST: dict[str, float] = {
     "steps": 1,
     "seed": 0,
@@ -220,6 +249,11 @@ _AT_LEAST: dict[str, float] = {
     "optim.freeze_backbone": 0,
     "value.burn_in": 0,
     "value.warmup": 0,
+    "value.guard_rate": 0,
+    "value.diagnose": 0,
+    "designer.candidates": 1,
+    "designer.weight_clip": 1,
+    "feedback.refresh": 0,
     "designer.width": 1,
     "designer.depth": 0,
     "designer.stride": 1,
@@ -236,7 +270,9 @@ _ABOVE_ZERO = {  # each with what the message says of it
     "objective.teacher_temp": "logits are divided by it; DINO uses 0.04",
     "objective.teacher_temp_start": "logits are divided by it; DINO uses 0.04",
     "optim.clip": "it is the largest gradient norm; inf clips nothing",
-    "value.radius": "it is the step of the finite difference; the default is 1e-3",
+    "value.radius": "it is the step of the finite difference; null chooses it",
+    "value.tolerance": "it is a relative error; the default is 5e-2",
+    "designer.temperature": "values are divided by it; lower follows them more closely",
     "designer.blur_sigma": "it is the blur's width in pixels; the default is 10",
 }
 _SHARES = (  # in [0, 1]
@@ -247,6 +283,7 @@ _SHARES = (  # in [0, 1]
     "backbone.min_match",
     "objective.center_momentum",
     "objective.teacher_momentum",
+    "feedback.ema",
 )
 _RANGES = {"views.global_scale": 1.0, "views.local_scale": 1.0, "views.blur_sigma": math.inf}  # (low, high): most
 
@@ -257,6 +294,8 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     Raises:
         UserError: no such file, bad YAML, an unknown key (the nearest valid one is named), a value of the wrong kind.
     """
+    # designer=weights is short for designer.name=weights.
+    overrides = [re.sub(r"^designer=(?!\s*\{)", "designer.name=", part) for part in overrides]
     try:
         loaded = OmegaConf.load(_find(source))
         given = OmegaConf.from_dotlist(list(overrides))
@@ -300,7 +339,7 @@ def check(config: Config) -> Config:
             why = " (batch statistics and the loss's pairs need it)" if "batch" in key else ""
             raise UserError(f"{key}={get(key)}: must be at least {least}{why}")
     for key, why in _ABOVE_ZERO.items():
-        if get(key) <= 0:
+        if get(key) is not None and get(key) <= 0:
             raise UserError(f"{key}={get(key)}: must be above 0: {why}")
     for key in _SHARES:
         value = get(key)
@@ -315,12 +354,25 @@ def check(config: Config) -> Config:
         raise UserError(f"views.hue={config.views.hue}: must lie in [0, 0.5], shares of the colour circle")
     if not 0 < config.designer.keep_ratio < 1:
         raise UserError(f"designer.keep_ratio={config.designer.keep_ratio}: must lie between 0 and 1")
+    _check_designer(config.designer.name)
     heads = max(1, config.designer.width // 32)
-    if config.designer.name == "sit" and (config.designer.width % 4 or config.designer.width % heads):
+    if config.designer.mask == "sit" and (config.designer.width % 4 or config.designer.width % heads):
         raise UserError(
             f"designer.width={config.designer.width}: designer.name=sit needs a multiple of 4 that its heads (one for "
             f"every 32 channels, {heads} here) divide; choose a multiple of 32, for example {32 * heads}"
         )
+    if config.value.direction == "adam" and config.value.burn_in == 0 and config.method != "baseline":
+        raise UserError(
+            "value.direction=adam reads the state of the learner's optimizer, which is empty before the first step; "
+            "set value.burn_in to 1 or more"
+        )
+    if config.value.diagnose and config.method != "baseline":
+        for kind, path in (("seg", config.data.ade20k), ("depth", config.data.nyuv2)):
+            task: TaskConfig = getattr(config.feedback, kind)
+            if path is not None and task.weight and not task.held:
+                raise UserError(f"value.diagnose measures on images that teach nothing: give feedback.{kind}.held=N")
+    if config.designer.closed_form == "best_of_n" and not config.views.local_count:
+        raise UserError("designer.name=best_of_n chooses among local crops: set views.local_count to 1 or more")
     if config.designer.through_teacher and config.designer.teacher_views == "plain":
         raise UserError(
             "designer.through_teacher=True has no effect with designer.teacher_views=plain, where the targets do not "
@@ -336,14 +388,19 @@ def check(config: Config) -> Config:
     return config
 
 
+def _check_designer(name: str) -> None:
+    parts = name.split("+")
+    kinds = [[part for part in parts if part in kind] for kind in (MASKS, CLOSED_FORMS)]
+    if sum(map(len, kinds)) != len(parts) or any(len(found) > 1 for found in kinds):
+        raise UserError(
+            f"designer.name={name}: choose {', '.join(MASKS + CLOSED_FORMS)}, or a mask generator and a closed form as "
+            f"in {MASKS[0]}+{CLOSED_FORMS[0]}"
+        )
+
+
 def save_config(config: Config, path: Path) -> None:
     """The resolved configuration as YAML, complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def packaged(source: str | os.PathLike[str]) -> Path:

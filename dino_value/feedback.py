@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from dino_value.backbones import Backbone, Hidden
+from dino_value.backbones import Backbone
 from dino_value.config import Config, TaskConfig
 from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled, split_by_group
 from dino_value.data.sampling import Cursor, Stream, key
 from dino_value.errors import UserError
 from dino_value.heads import LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
 from dino_value.optim import FiniteGuard
-from dino_value.value import Gradient, Scope
-from dino_value.value.engines import full, full_precision
+from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, mean_gradient
 
 LAYOUTS: dict[str, Layout] = {"seg": "ade20k", "depth": "nyuv2"}
 
@@ -27,15 +26,18 @@ class FeedbackTask:
     def __init__(
         self, kind: str, source: LabelledSource, settings: TaskConfig, config: Config, dim: int, device: torch.device
     ) -> None:
-        self.kind, self.weight, self.source = kind, settings.weight, source
-        self.train_indices, self.meta_indices = split_by_group(source, (settings.train, settings.meta), config.seed)
+        self.kind, self.weight, self.guard, self.source = kind, settings.weight, settings.guard, source
+        counts = (settings.train, settings.meta, settings.held)
+        self.train_indices, self.meta_indices, self.held_indices = split_by_group(source, counts, config.seed)
         self.head = build_head(f"{kind}_{settings.head}", dim, source.num_classes)
         size = (config.feedback.size, config.feedback.size)
         workers = 0 if config.data.in_memory else min(1, config.data.workers)
 
         def stream(name: str, indices: list[int]) -> Stream:
             data = LabelledDataset(source, indices, size=size, flip=True)
-            return Stream(data, config.feedback.batch_size, config.seed, f"feedback {kind} {name}", workers)
+            # All of a pool smaller than a batch is a batch, but for the heads, whose batch norm wants what it was told.
+            batch = config.feedback.batch_size if name == "train" else min(config.feedback.batch_size, len(indices))
+            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers)
 
         self.train_stream, self.meta_stream = stream("train", self.train_indices), stream("meta", self.meta_indices)
         if isinstance(
@@ -47,6 +49,9 @@ class FeedbackTask:
         self.head.to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.feedback.lr, fused=True)
         self.train, self.meta = Cursor(self.train_stream), Cursor(self.meta_stream)
+        self.held = Cursor(stream("held", self.held_indices)) if self.held_indices else None
+        self.refreshed = Refreshed(config.feedback.refresh) if config.feedback.refresh else None
+        self.average = GradientAverage(config.feedback.ema) if config.feedback.ema else None
 
     def loss(self, patches: Tensor, grid: tuple[int, int], labels: Tensor) -> Tensor:
         """L_down: cross-entropy (seg) or L1 in metres (depth), from patch features [B N D]."""
@@ -54,18 +59,27 @@ class FeedbackTask:
         return segmentation_loss(predicted, labels) if self.kind == "seg" else depth_loss(predicted, labels)
 
     def state_dict(self) -> dict[str, Any]:
+        kept = {"refreshed": self.refreshed, "average": self.average}
         return {
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "train": self.train.count,
             "meta": self.meta.count,
+            "held": self.held.count if self.held else 0,
+            **{name: part.state_dict() for name, part in kept.items() if part is not None},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.train.seek(state["train"])
         self.meta.seek(state["meta"])
+        if self.held:
+            self.held.seek(state["held"])
+        if self.refreshed:
+            self.refreshed.load_state_dict(state["refreshed"], device)
+        if self.average:
+            self.average.load_state_dict(state["average"])
 
 
 def open_feedback(config: Config, dim: int, device: torch.device) -> list[FeedbackTask]:
@@ -91,8 +105,10 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
             torch.manual_seed(key(config.seed, "head", kind))
             task = FeedbackTask(kind, source, settings, config, dim, device)
         tasks.append(task)
-    if not tasks:
-        raise UserError("no feedback left: give feedback.seg.weight or feedback.depth.weight a value above 0")
+    if not any(not task.guard for task in tasks):
+        raise UserError(
+            "no feedback left: give feedback.seg.weight or feedback.depth.weight a value above 0, and guard=false"
+        )
     return tasks
 
 
@@ -119,15 +135,42 @@ def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard
 def downstream_gradient(
     task: FeedbackTask, backbone: Backbone, scope: Scope, device: torch.device
 ) -> tuple[Gradient, Tensor]:
-    """g_down of one task on S from a meta batch, and the loss; both detached. The head is in inference mode."""
-    images, labels = (part.to(device, non_blocking=True) for part in task.meta.next())
-    with torch.no_grad():
-        hidden = backbone(backbone.normalise(images), stop=scope.start)
+    """g_down of one task on S, and the loss; both detached.
+
+    From the next meta batch (the paper); or with feedback.refresh the mean over the whole meta pool, kept for that many
+    calls; or with feedback.ema a moving average of either: the noise of one batch is most of what a designer would
+    otherwise be taught (docs/results.md).
+    """
+
+    def mean(batches: int) -> Gradient:  # the loss travels as the last tensor, so that it is kept and averaged alike
+        rows = (batch_gradient(task, task.meta.next(), backbone, scope, device) for _ in range(batches))
+        return mean_gradient([*gradient, loss] for gradient, loss in rows)
+
+    pool = task.meta_stream.per_epoch
+    found = mean(1) if task.refreshed is None else task.refreshed.get(lambda: mean(pool))
+    if task.average is not None:
+        found = task.average.update(found)
+    return found[:-1], found[-1]
+
+
+def held_gradients(task: FeedbackTask, backbone: Backbone, scope: Scope, device: torch.device) -> list[Gradient]:
+    """g_down of every batch of the held pool, which teaches neither heads nor designer: for measurements only."""
+    assert task.held is not None
+    count = task.held.stream.per_epoch
+    return [batch_gradient(task, task.held.next(), backbone, scope, device)[0] for _ in range(count)]
+
+
+def batch_gradient(
+    task: FeedbackTask, batch: tuple[Tensor, ...], backbone: Backbone, scope: Scope, device: torch.device
+) -> tuple[Gradient, Tensor]:
+    """∇_{θ_S} L_down on one labelled batch, and the loss; both detached. The head is in inference mode."""
+    images, labels = (part.to(device, non_blocking=True) for part in batch)
+    views = backbone.normalise(images)
     task.head.eval()
     leaves = {name: value.requires_grad_() for name, value in scope.parameters(backbone).items()}
-    with full_precision((hidden.tokens,)):
-        (tokens,) = full((hidden.tokens,))
-        state = Hidden(tokens, hidden.rope, hidden.grid)
-        features = functional_call(backbone, leaves, (state,), {"start": scope.start})
+    with torch.no_grad():
+        state = views if scope.start is None else backbone(views, stop=scope.start).full()
+    with torch.autocast(device.type, enabled=False):
+        features = functional_call(backbone, leaves, (state,), {"start": scope.start or 0})
         loss = task.loss(features.patches, features.grid, labels)
     return list(torch.autograd.grad(loss, list(leaves.values()))), loss.detach()

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from dino_value.data.labelled import open_labelled
 from dino_value.designers import DESIGNERS, fill_in, learned_views
 from dino_value.errors import UserError
 from dino_value.eval import depth, linear, seg
+from dino_value.files import write_json
 from dino_value.process import choose_device
 from dino_value.track import environment
 from dino_value.train import train
@@ -64,7 +63,7 @@ def quickstart(out: Path, seeds: int = 1, steps: int | None = None) -> dict[str,
         for metric, value in evaluate(backbone, seed).items():
             rows.setdefault(metric, []).append(value)
     results["seconds"] = round(time.monotonic() - began, 1)
-    write_results(out / "results.json", results)
+    write_json(out / "results.json", results)
     report(out, results, configs, device, console)
     return results
 
@@ -117,12 +116,6 @@ def evaluate(backbone: Backbone, seed: int, split: str = "validation") -> dict[s
         found[metric] = scores[metric]
         found[f"{metric}_loss"] = scores["loss"]
     return found
-
-
-def write_results(path: Path, results: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1))
-    os.replace(temporary, path)
 
 
 def report(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from yaml import YAMLError
 from dino_value.checkpoint import latest_checkpoint
 from dino_value.config import Config, save_config
 from dino_value.errors import UserError
+from dino_value.files import write_json
 from dino_value.track import read_metrics
 
 
@@ -55,9 +55,7 @@ def record_environment(folder: Path, found: dict[str, Any]) -> None:
     if path.exists():
         first = json.loads(path.read_text())
         found = {**first, "resumed": [*first.get("resumed", []), found]}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1))
-    os.replace(temporary, path)
+    write_json(path, found)
 
 
 _OURS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dino_value.backbones import Backbone, Hidden
-from dino_value.config import DesignerConfig
+from dino_value.config import DesignerConfig, ViewsConfig
 from dino_value.data.sampling import generator
+from dino_value.data.views import augment
 from dino_value.designers import fill_in, learned_views
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.optim import update_ema
@@ -39,6 +41,29 @@ class Views(NamedTuple):
     def batch(self) -> int:
         return len(self.large) // 2
 
+    def first(self, count: int) -> Views:
+        """The views of the first `count` images."""
+        return Views(*(group.unflatten(0, (-1, self.batch))[:, :count].flatten(0, 1) for group in self))
+
+
+State = Tensor | Hidden
+"""Where a learner is cut: views of one size, or the tokens that enter the scope's first block."""
+
+
+def make_views(
+    backbone: Backbone,
+    crops: tuple[Tensor, ...],
+    settings: ViewsConfig,
+    device: torch.device,
+    seed: int,
+    name: str,
+    number: int,
+) -> Views:
+    """Augmented, normalised views of batch `number` of a stream; crops are uint8 [2 B 3 H W] and [N B 3 h w]."""
+    large, small = (group.to(device, non_blocking=True) for group in crops)
+    with torch.autocast(device.type, enabled=False):
+        return Views(*(backbone.normalise(group) for group in augment(large, small, settings, seed, name, number)))
+
 
 def design(designer: nn.Module, views: Tensor, config: DesignerConfig, seed: int) -> tuple[Tensor, Tensor]:
     """Learned views [n 3 H W] and their masks [n 1 H W]; with φ's graph unless called under no_grad."""
@@ -65,15 +90,39 @@ def teacher_targets(teacher: Learner, large: Tensor, loss: DINOLoss, temperature
     return loss.targets(logits, temperature), logits
 
 
-def ssl_loss(student: Learner, views: Views, loss: DINOLoss, targets: Tensor) -> Tensor:
-    """L_pre on detached views: a scalar."""
-    return loss(student(*views).unflatten(0, (-1, views.batch)), targets)
+def student_states(student: Learner, views: Views, start: int | None) -> list[State]:
+    """The student's states as they enter block `start`, one a crop size; the views themselves where `start` is None."""
+    groups = [group for group in views if len(group)]
+    return list(groups) if start is None else [student.backbone(group, stop=start) for group in groups]
+
+
+def student_logits(student: Learner, states: Sequence[State], start: int | None, batch: int) -> Tensor:
+    """Onward from `student_states` to logits [V B K]."""
+    cls = torch.cat([student.backbone(state, start=start or 0).cls for state in states])
+    return student.head(cls).unflatten(0, (-1, batch))
+
+
+class Tail:
+    """The student from `student_states` on, as a function of θ_S alone; everything else is constant."""
+
+    def __init__(self, student: Learner, scope: Scope, batch: int) -> None:
+        self.student, self.scope, self.batch = student, scope, batch
+        self._backbone = {name: value.detach() for name, value in student.backbone.named_parameters()}
+        self._head = {name: value.detach() for name, value in student.head.named_parameters()}
+
+    def logits(self, states: Sequence[State], parameters: Mapping[str, Tensor]) -> Tensor:
+        """[V B K] at other values of θ_S."""
+        weights = {**self._backbone, **parameters}
+        start = {"start": self.scope.start or 0}
+        cls = [functional_call(self.student.backbone, weights, (state,), start).cls for state in states]
+        return functional_call(self.student.head, self._head, (torch.cat(cls),)).unflatten(0, (-1, self.batch))
 
 
 class SSLTask:
     """How L_pre depends on φ and on θ_S (contract of `dino_value.value`): views → masks → student trunk → tail → loss.
 
-    Both learners' parameters are constants of the trunk, and all but S of the tail: no graph ever reaches θ.
+    Both learners' parameters are constants of the trunk, and all but S of the tail: no graph ever reaches θ. Without a
+    `designer` the views are seen as they are. `weigh`, if it is set, gives the loss's terms constant weights.
     """
 
     def __init__(
@@ -82,7 +131,7 @@ class SSLTask:
         teacher: Learner,
         loss: DINOLoss,
         temperature: float,
-        designer: nn.Module,
+        designer: nn.Module | None,
         views: Views,
         config: DesignerConfig,
         scope: Scope,
@@ -91,36 +140,36 @@ class SSLTask:
         self.student, self.teacher, self.loss, self.temperature = student, teacher, loss, temperature
         self.designer, self.views, self.config, self.scope, self.seed = designer, views, config, scope, seed
         self.masks: Tensor | None = None
-        self._shapes: list[tuple[Tensor | None, tuple[int, int]]] = []
+        self.weigh: Callable[[Sequence[State], Tensor], Tensor | None] | None = None
+        self._weights: Tensor | None = None
+        self._cuts: list[tuple[Tensor | None, tuple[int, int]] | None] = []
         self._backbone = {name: value.detach() for name, value in student.backbone.named_parameters()}
-        self._head = {name: value.detach() for name, value in student.head.named_parameters()}
         self._teacher = {name: value.detach() for name, value in teacher.named_parameters()}
+        self._tail = Tail(student, scope, views.batch)
 
     def trunk(self) -> tuple[Tensor, ...]:
         """(student states at the scope's first block, one a crop size; teacher targets [2 B K])."""
-        designed, self.masks = design_views(self.designer, self.views, self.config, self.seed)
+        designed = self.views
+        if self.designer is not None:
+            designed, self.masks = design_views(self.designer, self.views, self.config, self.seed)
         seen = designed.large if self.config.teacher_views == "masked" else self.views.large
         with torch.set_grad_enabled(self.config.through_teacher and torch.is_grad_enabled()):
             logits = functional_call(self.teacher, self._teacher, (seen,)).unflatten(0, (2, -1))
             targets = self.loss.targets(logits, self.temperature)
-        states = [
-            functional_call(self.student.backbone, self._backbone, (group,), {"stop": self.scope.start})
-            for group in designed
-            if len(group)
-        ]
-        self._shapes = [(state.rope, state.grid) for state in states]
-        return (*(state.tokens for state in states), targets)
+        states: list[State] = [group for group in designed if len(group)]
+        if self.scope.start is not None:
+            stop = {"stop": self.scope.start}
+            states = [functional_call(self.student.backbone, self._backbone, (group,), stop) for group in states]
+        if self.weigh is not None:
+            self._weights = self.weigh(states, targets)
+        self._cuts = [None if isinstance(state, Tensor) else (state.rope, state.grid) for state in states]
+        return (*(state if isinstance(state, Tensor) else state.tokens for state in states), targets)
 
     def tail(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
         """The DINO loss, pure in `parameters`."""
-        *states, targets = hidden
-        weights = {**self._backbone, **parameters}
-        cls = [
-            functional_call(self.student.backbone, weights, (Hidden(tokens, *shape),), {"start": self.scope.start}).cls
-            for tokens, shape in zip(states, self._shapes, strict=True)
-        ]
-        logits = functional_call(self.student.head, self._head, (torch.cat(cls),))
-        return self.loss(logits.unflatten(0, (-1, self.views.batch)), targets)
+        *tokens, targets = hidden
+        states = [part if cut is None else Hidden(part, *cut) for part, cut in zip(tokens, self._cuts, strict=True)]
+        return self.loss.mean(self.loss.terms(self._tail.logits(states, parameters), targets), self._weights)
 
 
 def update_teacher(student: Learner, teacher: Learner, momentum: float) -> None:

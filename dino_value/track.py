@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -17,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+from dino_value.files import write_text
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -59,9 +60,7 @@ class MetricsFile:
         self.path = folder / METRICS_NAME
         if self.path.exists():
             kept = [row for row in read_metrics(folder) if row["step"] <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed with the run)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -117,6 +116,11 @@ class Reporter:
     def advance(self, step: int) -> None:
         if self._bar:
             self._bar.update(self._task, completed=step)
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if not self.quiet:
+            self.console.print(text, markup=False, highlight=False)
 
     def say(self, step: int, values: dict[str, float]) -> None:
         note = "  ".join(

@@ -7,6 +7,7 @@ self-supervision on views whose masks were made under no_grad.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,15 @@ from dino_value.backbones import WEIGHTS_NAME, create_backbone, save_backbone
 from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dino_value.config import Config, packaged
 from dino_value.data import open_views
-from dino_value.data.sampling import Cursor, Stream, generator, key
-from dino_value.data.views import augment
-from dino_value.designers import DESIGNERS, sparsity, total_variation
+from dino_value.data.sampling import Stream, key
 from dino_value.errors import Interrupted, UserError
-from dino_value.feedback import downstream_gradient, fit_head, open_feedback
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
 from dino_value.process import choose_device, stop_requests, use_bfloat16
 from dino_value.run_folder import prepare_folder, record_environment
-from dino_value.steps import Learner, SSLTask, Views, design_views, ssl_loss, teacher_targets, update_teacher
+from dino_value.steer import Steer, not_finite
+from dino_value.steps import Learner, make_views, student_logits, student_states, teacher_targets, update_teacher
 from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
-from dino_value.value import DIRECTIONS, ENGINES, combine, last_blocks, matching, random_like, value_step
 
 
 def train(config: Config, quiet: bool = False) -> Path:
@@ -57,6 +55,8 @@ def train(config: Config, quiet: bool = False) -> Path:
         for large, small in clock.waiting(run.stream.iterate(run.step, config.steps)):
             run.learner_update(large, small)
             reporter.advance(run.step)
+            while run.steer is not None and run.steer.notes:
+                reporter.note(run.steer.notes.pop(0))
             last = run.step == config.steps
             if run.step % config.log_every == 0 or last:
                 run.guard.check(wait=True)
@@ -99,86 +99,62 @@ class Run:
         self.loss = DINOLoss(c.out_dim, c.student_temp, c.center_momentum).to(self.device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.student), lr=config.optim.lr, fused=True)
 
-        views = open_views(config.data.unlabeled, config.views, config.data.in_memory)
         workers = 0 if config.data.in_memory else config.data.workers
-        self.stream = Stream(views, config.optim.batch_size, config.seed, "unlabeled", workers)
+        sources = open_views(config.data.unlabeled, config.views, config.data.in_memory)
         self.meters = Meters()
         self.guard = FiniteGuard()
-        self.steered = config.method != "baseline"
-        if self.steered:
-            self._build_designer()
-            # No image of the g_down batches may be among those of g_pre.
-            held = {task.source.name(index) for task in self.feedback for index in task.meta_indices}
-            self.meta_stream = Stream(
-                views.without(held), config.value.batch_size, config.seed, "meta unlabeled", min(1, workers)
+        self.steer: Steer | None = None
+        if config.method != "baseline":
+            self.steer = Steer(
+                config,
+                self.student,
+                self.teacher,
+                self.loss,
+                self.optimizer,
+                self.guard,
+                self.meters,
+                sources,
+                self.autocast,
             )
-            self.meta = Cursor(self.meta_stream)
-
-    def _build_designer(self) -> None:
-        config, backbone = self.config, self.student.backbone
-        d, s, after = config.designer, config.value.scope, (backbone.final_norm,)
-        try:
-            self.scope = matching(backbone, s.patterns, after) if s.patterns else last_blocks(backbone, s.blocks, after)
-        except ValueError as error:
-            raise UserError(f"value.scope: {error}") from None
-        torch.manual_seed(key(config.seed, "designer"))
-        before = [
-            name for name in self.scope.names if not name.startswith(("model.blocks.", f"model.{backbone.final_norm}."))
-        ]
-        if before:
-            raise UserError(
-                f"value.scope.patterns: {before[0]} lies before the blocks; choose parameters of blocks and norm"
-            )
-        if config.feedback.size % backbone.patch_size:
-            raise UserError(
-                f"feedback.size={config.feedback.size}: not a multiple of the patch size {backbone.patch_size}"
-            )
-        sizes = [config.views.global_size] + [config.views.local_size] * (d.crops == "all")
-        if any(size % d.stride for size in sizes):
-            raise UserError(f"designer.stride={d.stride}: must divide the views' sizes {sizes}")
-        self.designer = DESIGNERS[d.name](d.width, d.depth, d.stride, d.keep_ratio).to(self.device)
-        self.designer_optimizer = torch.optim.AdamW(self.designer.parameters(), lr=d.lr, weight_decay=0.0, fused=True)
-        self.feedback = open_feedback(config, backbone.embed_dim, self.device)
-        self.engine = functools.partial(ENGINES[config.value.engine], **self._engine_settings())
-        self.designer_updates = 0
-
-    def _engine_settings(self) -> dict[str, float]:
-        return {"radius": self.config.value.radius} if self.config.value.engine == "finite_difference" else {}
+            if config.designer.closed_form == "best_of_n":
+                count = config.views.local_count * config.designer.candidates
+                drawn = dataclasses.replace(config.views, local_count=count)
+                sources = open_views(config.data.unlabeled, drawn, config.data.in_memory)
+        self.stream = Stream(sources, config.optim.batch_size, config.seed, "unlabeled", workers)
 
     def learner_update(self, large: Tensor, small: Tensor) -> None:
         """One step of Algorithm 1 on an unlabeled batch, uint8 [2 B 3 H W] and [N B 3 h w]."""
-        config, o = self.config, self.config.optim
-        views = self.make_views(large, small, "learner", self.step)
-
-        since = self.step - config.value.burn_in
-        designing = self.steered and since >= 0
-        if designing and since % config.value.period == 0:
-            for _ in range(1 + (config.value.warmup if since == 0 else 0)):
-                self.designer_update()
+        config, steer = self.config, self.steer
+        backbone, temperature = self.student.backbone, self.teacher_temperature()
+        views = make_views(backbone, (large, small), config.views, self.device, config.seed, "learner", self.step)
+        if steer is not None:
+            steer.update_if_due(self.step, temperature)
+        start = 0 if steer is None else steer.scope.start
         with torch.no_grad(), self.autocast():
-            learned = views
-            if designing:
-                learned, masks = design_views(
-                    self.designer, views, config.designer, key(config.seed, "fill", self.step)
-                )
-                self.meters.add(mask_mean=masks.mean())
-            seen = learned.large if config.designer.teacher_views == "masked" else views.large
-            targets, logits = teacher_targets(self.teacher, seen, self.loss, self.teacher_temperature())
-
+            learned = views if steer is None else steer.learned_views(views, self.step)
+            seen = learned if config.designer.teacher_views == "masked" else views
+            targets, logits = teacher_targets(self.teacher, seen.large, self.loss, temperature)
+            learned = learned if steer is None else steer.chosen_views(learned, targets)
         # Stochastic depth is a function of the step, like the data, and the same in every arm.
         torch.manual_seed(key(config.seed, "step", self.step))
+        # A context of its own: autocast would go on using the casts of weights that it made without a graph.
         with self.autocast():
-            loss = ssl_loss(self.student, learned, self.loss, targets)
+            states = student_states(self.student, learned, start)
+            weights = None if steer is None else steer.term_weights(states, targets)
+            outputs = student_logits(self.student, states, start, views.batch)
+            loss = self.loss.mean(self.loss.terms(outputs, targets), weights)
         self.optimizer.zero_grad()
         loss.backward()
         if self.step < config.objective.freeze_last_layer:
             self.student.head.last_layer.zero_grad()
-        if self.step < o.freeze_backbone:
-            self.student.backbone.zero_grad()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), o.clip)
+        if self.step < config.optim.freeze_backbone:
+            backbone.zero_grad()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.optim.clip)
         self.set_schedules()
-        self.watch(self.optimizer, self.stream, self.step, loss=loss, gradient_norm=gradient_norm)
+        self.watch(loss=loss, gradient_norm=gradient_norm)
         self.guard.step(self.optimizer)
+        if steer is not None:
+            steer.clip_scale = (config.optim.clip / gradient_norm.detach().clamp_min(1e-20)).clamp_max(1)
         self.loss.update_center(logits)
         momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
         update_teacher(self.student, self.teacher, momentum)
@@ -186,81 +162,10 @@ class Run:
         self.meters.add(loss=loss, gradient_norm=gradient_norm, teacher_entropy=entropy)
         self.step += 1
 
-    def designer_update(self) -> None:
-        """One step of φ on −V + λR, on labelled train and meta batches and an unlabeled meta batch of their own."""
-        config, number = self.config, self.designer_updates
-        d = config.designer
-        torch.manual_seed(key(config.seed, "designer step", number))
-        self.student.eval()  # stochastic depth would make every pass, and both ends of a difference, another function
-        large, small = self.meta.next()
-        views = self.make_views(large, small, "meta", number)
-        with self.autocast():
-            for task in self.feedback:
-                for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
-                    fit_head(task, self.student.backbone, self.device, self.guard)
-            found = [
-                downstream_gradient(task, self.student.backbone, self.scope, self.device) for task in self.feedback
-            ]
-            gradients, losses = zip(*found, strict=True)
-            g_down = combine(gradients, [task.weight for task in self.feedback])
-            if config.method == "random" or config.value.direction == "random":
-                g_down = random_like(g_down, generator(config.seed, "random direction", number))
-
-            seed = key(config.seed, "meta fill", number)
-            ssl = SSLTask(
-                self.student,
-                self.teacher,
-                self.loss,
-                self.teacher_temperature(),
-                self.designer,
-                views,
-                d,
-                self.scope,
-                seed,
-            )
-            hidden = ssl.trunk()
-            assert ssl.masks is not None
-            penalty = d.lambda_spars * sparsity(ssl.masks, d.keep_ratio) + d.lambda_tv * total_variation(ssl.masks)
-            phi = list(self.designer.parameters())
-            self.designer_optimizer.zero_grad()
-            parameters = self.scope.parameters(self.student.backbone)
-            # A random g_down, drawn above from a generator of its own, is a random direction already.
-            direction = DIRECTIONS["dot" if config.value.direction == "random" else config.value.direction]
-            found_value = value_step(ssl, parameters, g_down, direction, self.engine, phi, penalty, hidden)
-        designer_norm = torch.nn.utils.clip_grad_norm_(phi, config.optim.clip)
-        feedback = {f"loss_{task.kind}": loss for task, loss in zip(self.feedback, losses, strict=True)}
-        for task, (name, loss) in zip(self.feedback, feedback.items(), strict=True):
-            self.watch(self.designer_optimizer, task.meta_stream, task.meta.count - 1, **{name: loss})
-        terms = {"value": found_value.value, "designer_gradient_norm": designer_norm}
-        self.watch(self.designer_optimizer, self.meta_stream, number, **terms)
-        self.guard.step(self.designer_optimizer)
-        self.student.train()
-        self.designer_updates += 1
-        self.meters.add(
-            **found_value._asdict(),
-            designer_gradient_norm=designer_norm,
-            mask_spread=ssl.masks.detach().std((-1, -2)).mean(),
-            **feedback,
-        )
-
-    def make_views(self, large: Tensor, small: Tensor, name: str, number: int) -> Views:
-        """Augmented, normalised views of one batch of crops."""
-        device = self.device
-        large, small = large.to(device, non_blocking=True), small.to(device, non_blocking=True)
-        views = augment(large, small, self.config.views, self.config.seed, name, number)
-        return Views(*(self.student.backbone.normalise(group) for group in views))
-
-    def watch(self, optimizer: torch.optim.Optimizer, stream: Stream, number: int, **terms: Tensor) -> None:
-        """Have the guard refuse `optimizer`'s next step if a term is not finite; they came from batch `number`."""
-        step = self.step
-
-        def message(bad: str) -> str:
-            return (
-                f"step {step}: {bad} not finite; nothing was applied. {stream.describe(number)}. "
-                "Lower optim.lr or raise teacher_temp"
-            )
-
-        self.guard.watch(optimizer, message, **terms)
+    def watch(self, **terms: Tensor) -> None:
+        """Have the guard refuse the learner's step if a term is not finite."""
+        step, stream = self.step, self.stream
+        self.guard.watch(self.optimizer, lambda bad: not_finite(step, bad, stream, step), **terms)
 
     def teacher_temperature(self) -> float:
         c = self.config.objective
@@ -319,11 +224,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "meters": self.meters.state_dict(),
         }
-        if self.steered:
-            state["designer"] = self.designer.state_dict()
-            state["designer_optimizer"] = self.designer_optimizer.state_dict()
-            state["designer_updates"] = self.designer_updates
-            state["feedback"] = {task.kind: task.state_dict() for task in self.feedback}
+        if self.steer is not None:
+            state["steer"] = self.steer.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -333,10 +235,5 @@ class Run:
         self.loss.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.meters.load_state_dict(state["meters"], self.device)
-        if self.steered:
-            self.designer.load_state_dict(state["designer"])
-            self.designer_optimizer.load_state_dict(state["designer_optimizer"])
-            self.designer_updates = state["designer_updates"]
-            self.meta.seek(self.designer_updates)
-            for task in self.feedback:
-                task.load_state_dict(state["feedback"][task.kind])
+        if self.steer is not None:
+            self.steer.load_state_dict(state["steer"])

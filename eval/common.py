@@ -7,7 +7,6 @@ state. On CUDA it repeats to rounding only, because bilinear upsampling adds its
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -29,6 +28,7 @@ from dino_value.arguments import Parser, exit_code
 from dino_value.backbones import Backbone, Features, load_backbone
 from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled
 from dino_value.errors import EXIT_DONE, UserError
+from dino_value.files import write_json
 
 Reader = Callable[[Features], Tensor]
 """What a head reads of a backbone's features: a map [B D h w] or a vector [B D]."""
@@ -436,7 +436,7 @@ def run(
             nested.setdefault(head, {})[tail] = number
         else:
             nested[key] = number
-    write_json(
+    write_results(
         arguments.out / "results.json",
         {
             **nested,
@@ -479,24 +479,16 @@ def prepare_folder(path: Path) -> None:
         raise UserError(f"{path}: no permission to write in the output folder")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write `content` complete or not at all.
+def write_results(path: Path, content: Mapping[str, Any]) -> None:
+    """`files.write_json`, with the disk's refusal as the user's error.
 
     Raises:
         UserError: the disk refused it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_json(path, content)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def script(main: Callable[[Sequence[str]], int]) -> None:

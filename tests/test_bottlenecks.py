@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dino_value import steer as steer_module
 from dino_value import train as train_module
 from dino_value.config import Config
 from dino_value.data.labelled import LabelledSource
@@ -24,7 +25,8 @@ from dino_value.data.sampling import generator, key
 from dino_value.designers import fill_in
 from dino_value.feedback import FeedbackTask, downstream_gradient, fit_head
 from dino_value.optim import FiniteGuard, cosine_schedule
-from dino_value.steps import Views, ssl_loss
+from dino_value.steer import Steer
+from dino_value.steps import Views, make_views, student_states
 from dino_value.train import Run
 
 Make = Callable[..., Config]
@@ -50,7 +52,7 @@ class Relabelled:
 
 
 def relabel(run: Run) -> Run:
-    for task in run.feedback:
+    for task in run.steer.feedback:
         for stream in (task.train_stream, task.meta_stream):
             stream.source.source = Relabelled(stream.source.source)  # type: ignore[attr-defined]
     return run
@@ -85,6 +87,11 @@ def theta(run: Run) -> dict[str, Any]:
     return {name: state[name] for name in ("student", "teacher", "objective", "optimizer")}
 
 
+def viewed(run: Run, large: Tensor, small: Tensor, name: str, number: int) -> Views:
+    settings = run.config.views
+    return make_views(run.student.backbone, (large, small), settings, run.device, run.config.seed, name, number)
+
+
 FIXED = "designer.lr=0"
 
 
@@ -99,7 +106,8 @@ def test_with_phi_fixed_labels_cannot_change_theta(tiny: Make, method: str, extr
     assert same(theta(truth), theta(false))
     # The labels did differ: the heads learnt something else, and so did V.
     assert not same(
-        [task.head.state_dict() for task in truth.feedback], [task.head.state_dict() for task in false.feedback]
+        [task.head.state_dict() for task in truth.steer.feedback],
+        [task.head.state_dict() for task in false.steer.feedback],
     )
     assert truth.meters.read()["g_down_norm"] != false.meters.read()["g_down_norm"]
 
@@ -107,7 +115,7 @@ def test_with_phi_fixed_labels_cannot_change_theta(tiny: Make, method: str, extr
 def test_with_phi_free_labels_do_change_theta(tiny: Make) -> None:
     """The test above is not blind: the one allowed path is open."""
     truth, false = steps(Run(tiny())), steps(relabel(Run(tiny())))
-    assert not same(truth.designer.state_dict(), false.designer.state_dict())
+    assert not same(truth.steer.designer.state_dict(), false.steer.designer.state_dict())
     assert not same(theta(truth)["student"], theta(false)["student"])
 
 
@@ -149,7 +157,7 @@ def test_with_phi_fixed_no_learning_signal_reaches_theta(tiny: Make, removed: li
 def test_with_phi_fixed_the_designers_update_is_nothing_to_theta(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     drop = "backbone.kwargs.drop_path_rate=0.3"
     updated = theta(steps(Run(tiny(FIXED, drop))))
-    monkeypatch.setattr(Run, "designer_update", lambda self: None)
+    monkeypatch.setattr(Steer, "update", lambda self, step, temperature: None)
     assert same(updated, theta(steps(Run(tiny(FIXED, drop)))))
 
 
@@ -166,10 +174,10 @@ def test_the_learners_optimizer_holds_the_student_and_nothing_else(tiny: Make) -
         return {id(parameter) for module in modules for parameter in module.parameters()}
 
     assert held(run.optimizer) == of(run.student)
-    assert held(run.designer_optimizer) == of(run.designer)
-    for task in run.feedback:
+    assert held(run.steer.designer_optimizer) == of(run.steer.designer)
+    for task in run.steer.feedback:
         assert held(task.optimizer) == of(task.head)
-    sets = [of(run.student), of(run.teacher), of(run.designer), *(of(task.head) for task in run.feedback)]
+    sets = [of(run.student), of(run.teacher), of(run.steer.designer), *(of(task.head) for task in run.steer.feedback)]
     assert len(set().union(*sets)) == sum(map(len, sets))
 
 
@@ -181,10 +189,10 @@ def test_the_designers_update_leaves_no_gradient_in_theta(tiny: Make, engine: st
         parameter.grad = torch.full_like(parameter, 7.0)
         marks.append((parameter, parameter.grad))
     before = copy.deepcopy(theta(run))
-    run.designer_update()
+    run.steer.update(0, 0.04)
     assert all(parameter.grad is mark and bool((mark == 7).all()) for parameter, mark in marks)
     assert same(theta(run), before)
-    assert all(parameter.grad is not None for parameter in run.designer.parameters())
+    assert all(parameter.grad is not None for parameter in run.steer.designer.parameters())
 
 
 def test_at_the_learners_step_the_optimizer_holds_g_pre(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +205,7 @@ def test_at_the_learners_step_the_optimizer_holds_g_pre(tiny: Make, monkeypatch:
         return [1e6 * part for part in gradient], loss
 
     for replacement in (downstream, enormous):
-        monkeypatch.setattr(train_module, "downstream_gradient", replacement)
+        monkeypatch.setattr(steer_module, "downstream_gradient", replacement)
         run = Run(tiny(FIXED))
         step: Any = run.optimizer.step
         grads: list[Tensor] = []
@@ -216,15 +224,15 @@ def test_at_the_learners_step_the_optimizer_holds_g_pre(tiny: Make, monkeypatch:
 def test_g_down_and_the_heads_take_no_part_in_each_others_steps(tiny: Make) -> None:
     """g_down leaves nothing in the heads; fitting the heads leaves nothing in the backbone."""
     run = Run(tiny())
-    before = copy.deepcopy(theta(run)), [copy.deepcopy(task.head.state_dict()) for task in run.feedback]
-    for task in run.feedback:
-        gradient, loss = downstream_gradient(task, run.student.backbone, run.scope, run.device)
+    before = copy.deepcopy(theta(run)), [copy.deepcopy(task.head.state_dict()) for task in run.steer.feedback]
+    for task in run.steer.feedback:
+        gradient, loss = downstream_gradient(task, run.student.backbone, run.steer.scope, run.device)
         assert not loss.requires_grad
         assert not any(part.requires_grad for part in gradient)
         assert all(parameter.grad is None for parameter in task.head.parameters())
-    assert same([task.head.state_dict() for task in run.feedback], before[1])
+    assert same([task.head.state_dict() for task in run.steer.feedback], before[1])
     assert all(parameter.grad is None for parameter in run.student.parameters())
-    for task in run.feedback:
+    for task in run.steer.feedback:
         fit_head(task, run.student.backbone, run.device, FiniteGuard())
     assert all(parameter.grad is None for parameter in run.student.parameters())
     assert same(theta(run), before[0])
@@ -234,7 +242,7 @@ def test_g_down_and_the_heads_take_no_part_in_each_others_steps(tiny: Make) -> N
 def test_g_down_is_the_gradient_of_the_evaluators_loss(tiny: Make, kind: str) -> None:
     """Against autograd through the whole backbone, on the next meta batch, the head in inference mode."""
     run = Run(tiny())
-    task = next(task for task in run.feedback if task.kind == kind)
+    task = next(task for task in run.steer.feedback if task.kind == kind)
     for _ in range(3):
         fit_head(task, run.student.backbone, run.device, FiniteGuard())
     images, labels = task.meta_stream.batch(0)
@@ -242,9 +250,9 @@ def test_g_down_is_the_gradient_of_the_evaluators_loss(tiny: Make, kind: str) ->
     features = backbone(backbone.normalise(images))
     task.head.eval()
     expected_loss = task.loss(features.patches, features.grid, labels)
-    wanted = [parameter for name, parameter in backbone.named_parameters() if name in run.scope.names]
+    wanted = [parameter for name, parameter in backbone.named_parameters() if name in run.steer.scope.names]
     expected = torch.autograd.grad(expected_loss, wanted)
-    gradient, loss = downstream_gradient(task, run.student.backbone, run.scope, run.device)
+    gradient, loss = downstream_gradient(task, run.student.backbone, run.steer.scope, run.device)
     torch.testing.assert_close(loss, expected_loss.detach())
     for found, want in zip(gradient, expected, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-7)
@@ -271,13 +279,13 @@ def test_the_learners_step_is_a_plain_dino_step_on_detached_views(tiny: Make, ov
     run.learner_update(large, small)  # φ moves first, then the learner: what follows uses φ as it is now
     config = run.config
 
-    views = run.make_views(large, small, "learner", 2)
+    views = viewed(run, large, small, "learner", 2)
     learned, seed = views, key(config.seed, "fill", 2)
-    if run.steered:
+    if run.steer:
         with torch.no_grad():
 
             def hide(images: Tensor, seed: int) -> Tensor:
-                mask = run.designer(images)
+                mask = run.steer.designer(images)
                 fill = fill_in(images, config.designer.fill, config.designer.blur_sigma, generator(seed, "fill"))
                 return mask * images + (1 - mask) * fill
 
@@ -324,24 +332,32 @@ def test_the_learners_step_is_a_plain_dino_step_on_detached_views(tiny: Make, ov
 
 def test_the_learners_step_leaves_phi_alone(tiny: Make) -> None:
     run = steps(Run(tiny()), 1)  # step 1 has no designer update
-    before = copy.deepcopy(run.designer.state_dict())
-    gradients = [copy.deepcopy(parameter.grad) for parameter in run.designer.parameters()]
+    before = copy.deepcopy(run.steer.designer.state_dict())
+    gradients = [copy.deepcopy(parameter.grad) for parameter in run.steer.designer.parameters()]
     steps(run, 1)
-    assert run.designer_updates == 1
-    assert same(run.designer.state_dict(), before)
-    assert same([parameter.grad for parameter in run.designer.parameters()], gradients)
+    assert run.steer.updates == 1
+    assert same(run.steer.designer.state_dict(), before)
+    assert same([parameter.grad for parameter in run.steer.designer.parameters()], gradients)
 
 
 def test_the_learner_sees_views_without_a_graph(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def watched(student: nn.Module, views: Views, *rest: Any) -> Tensor:
-        seen.extend([*views, rest[-1]])
-        return ssl_loss(student, views, *rest)  # type: ignore[arg-type]
+    def watched(student: Any, views: Views, start: int | None) -> Any:
+        seen.extend(views)
+        return student_states(student, views, start)
 
-    monkeypatch.setattr(train_module, "ssl_loss", watched)
+    targets = train_module.teacher_targets
+
+    def made(*arguments: Any) -> Any:
+        found = targets(*arguments)
+        seen.extend(found)
+        return found
+
+    monkeypatch.setattr(train_module, "student_states", watched)
+    monkeypatch.setattr(train_module, "teacher_targets", made)
     steps(Run(tiny("designer.crops=all", "designer.through_teacher=true")), 2)
-    assert len(seen) == 6
+    assert len(seen) == 8
     assert not any(part.requires_grad for part in seen)
 
 
@@ -350,7 +366,7 @@ def test_the_learner_sees_views_without_a_graph(tiny: Make, monkeypatch: pytest.
 
 def test_head_train_and_meta_images_are_disjoint(tiny: Make) -> None:
     for seed in range(3):
-        for task in Run(tiny(f"seed={seed}")).feedback:
+        for task in Run(tiny(f"seed={seed}")).steer.feedback:
             train, meta = set(task.train_indices), set(task.meta_indices)
             assert (len(train), len(meta)) == (8 if task.kind == "seg" else 6, 4)
             assert not train & meta
@@ -361,7 +377,7 @@ def test_head_train_and_meta_images_are_disjoint(tiny: Make) -> None:
 
 def test_no_group_of_images_is_on_both_sides(tiny: Make) -> None:
     run = Run(tiny("data.group_pattern=.", "feedback.seg.train=4", "feedback.seg.meta=4", "feedback.depth.weight=0"))
-    (task,) = run.feedback
+    (task,) = run.steer.feedback
     source = task.train_stream.source.source  # type: ignore[attr-defined]
     groups = [{source.group(index) for index in part} for part in (task.train_indices, task.meta_indices)]
     assert set().union(*groups) == {"0", "1"}  # 00 … 09 and 10 … 13
@@ -373,7 +389,7 @@ def test_g_down_comes_from_meta_images_and_the_heads_from_the_others(
 ) -> None:
     run = Run(tiny())
     loaded: dict[str, set[int]] = {}
-    for task in run.feedback:
+    for task in run.steer.feedback:
         for name, stream in (("train", task.train_stream), ("meta", task.meta_stream)):
             data = stream.source
             fetch = data.batch
@@ -386,7 +402,7 @@ def test_g_down_comes_from_meta_images_and_the_heads_from_the_others(
 
             monkeypatch.setattr(data, "batch", spy)
     steps(run, 8)
-    for task in run.feedback:
+    for task in run.steer.feedback:
         assert loaded[task.kind + "train"] == set(task.train_indices)
         assert loaded[task.kind + "meta"] == set(task.meta_indices)
 
@@ -394,22 +410,20 @@ def test_g_down_comes_from_meta_images_and_the_heads_from_the_others(
 def test_the_meta_unlabeled_stream_is_independent_of_the_learners(tiny: Make) -> None:
     run = Run(tiny())
     ours = [run.stream.indices(step).tolist() for step in range(8)]
-    meta = [run.meta_stream.indices(step).tolist() for step in range(8)]
+    meta = [run.steer.meta_stream.indices(step).tolist() for step in range(8)]
     assert all(a != b for a, b in zip(ours, meta, strict=True))
-    assert not torch.equal(run.stream.batch(0)[0], run.meta_stream.batch(0)[0])
+    assert not torch.equal(run.stream.batch(0)[0], run.steer.meta_stream.batch(0)[0])
     # The same crops, augmented for the one and for the other, differ too.
     large, small = run.stream.batch(0)
-    assert not torch.equal(
-        run.make_views(large, small, "learner", 0).large, run.make_views(large, small, "meta", 0).large
-    )
+    assert not torch.equal(viewed(run, large, small, "learner", 0).large, viewed(run, large, small, "meta", 0).large)
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_a_meta_image_is_never_in_the_unlabeled_meta_batch(tiny: Make, tiny_data: Path, in_memory: bool) -> None:
     """Also where the unlabeled folder is the labelled one."""
     run = Run(tiny(f"data.unlabeled={tiny_data / 'ade' / 'images'}", f"data.in_memory={in_memory}"))
-    held = {Path(task.source.name(index)).resolve() for task in run.feedback for index in task.meta_indices}
-    source: Any = run.meta_stream.source
+    held = {Path(task.source.name(index)).resolve() for task in run.steer.feedback for index in task.meta_indices}
+    source: Any = run.steer.meta_stream.source
     offered = {Path(name).resolve() for name in (source.names if in_memory else source.paths)}
     assert len(offered) == 16 - 4
     assert not offered & held

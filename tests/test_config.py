@@ -9,11 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dino_value.config import CHOICES, Config, load_config, save_config
+from dino_value.config import CHOICES, MASKS, Config, load_config, save_config
 from dino_value.designers import DESIGNERS
 from dino_value.errors import UserError
 from dino_value.heads import HEADS
-from dino_value.value import DIRECTIONS, ENGINES
+from dino_value.value import COMBINATIONS, DIRECTIONS, ENGINES
 
 
 @pytest.fixture
@@ -196,9 +196,10 @@ def test_every_choice_is_checked(file: Path, key: str) -> None:
 
 
 def test_choices_are_the_registries() -> None:
-    assert set(CHOICES["designer.name"]) == set(DESIGNERS)
-    assert set(CHOICES["value.direction"]) == set(DIRECTIONS)
-    assert set(CHOICES["value.engine"]) == set(ENGINES)
+    assert set(MASKS) == set(DESIGNERS)
+    assert set(CHOICES["value.engine"]) - {"auto"} == set(ENGINES) - {"linear"}
+    assert set(CHOICES["value.direction"]) == {*DIRECTIONS, "adam"}
+    assert set(CHOICES["value.combine"]) == set(COMBINATIONS)
     for kind in ("seg", "depth"):
         assert {f"{kind}_{name}" for name in CHOICES[f"feedback.{kind}.head"]} == {
             name for name in HEADS if name.startswith(kind)

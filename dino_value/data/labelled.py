@@ -202,8 +202,9 @@ def split_by_group(source: LabelledSource, counts: Sequence[int], seed: int = 0)
         while len(part) < count:
             choice = next(order, None)
             if choice is None:
+                wanted = " + ".join(str(count) for count in counts if count)
                 raise UserError(
-                    f"cannot cut {' + '.join(map(str, counts))} labelled samples, no group on two sides, "
+                    f"cannot cut {wanted} labelled samples, no group on two sides, "
                     f"out of {len(source)} in {len(names)} groups: lower the counts, or give more data"
                 )
             part += members[names[choice]]

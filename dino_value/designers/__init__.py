@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from dino_value.designers.controls import RandomMasks
 from dino_value.designers.masking import fill_in, learned_views, sparsity, total_variation
 from dino_value.designers.sit import SiTDesigner
 from dino_value.designers.unet import UNetDesigner
@@ -11,4 +12,13 @@ from dino_value.designers.unet import UNetDesigner
 DESIGNERS: dict[str, Callable[..., nn.Module]] = {"unet": UNetDesigner, "sit": SiTDesigner}
 """name -> class(width, depth, stride, keep_ratio); forward: views [n 3 H W] -> mask [n 1 H W] in [0, 1]."""
 
-__all__ = ["DESIGNERS", "SiTDesigner", "UNetDesigner", "fill_in", "learned_views", "sparsity", "total_variation"]
+__all__ = [
+    "DESIGNERS",
+    "RandomMasks",
+    "SiTDesigner",
+    "UNetDesigner",
+    "fill_in",
+    "learned_views",
+    "sparsity",
+    "total_variation",
+]

@@ -56,16 +56,30 @@ class DINOLoss(nn.Module):
         """Teacher logits [2 B K] to probabilities [2 B K], with the centre of the steps before."""
         return F.softmax((teacher_logits.to(self.center.dtype) - self.center) / temperature, dim=-1)
 
-    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
-        """Student logits [V B K], whose first two views are the teacher's, and targets [2 B K], to a scalar."""
-        views, images, _ = student_logits.shape
+    def terms(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """One cross-entropy for each (teacher view, student view, image): [V B K] and [2 B K] to [2 V B].
+
+        The first two of the V views are the teacher's; `pairs` says which terms count.
+        """
         # Autocast would take the sums of this product in bfloat16.
         with torch.autocast(student_logits.device.type, enabled=False):
             log_probabilities = F.log_softmax(student_logits.to(targets.dtype) / self.student_temp, dim=-1)
-            pairs = -torch.einsum("tbk,vbk->tv", targets, log_probabilities) / images
-        # A view is never matched with itself.
-        same = torch.eye(targets.shape[0], views, dtype=torch.bool, device=pairs.device)
-        return pairs.masked_fill(same, 0).sum() / (targets.shape[0] * (views - 1))
+            return -torch.einsum("tbk,vbk->tvb", targets, log_probabilities)
+
+    @staticmethod
+    def pairs(terms: Tensor) -> Tensor:
+        """bool [2 V 1]: a view is never matched with itself."""
+        return ~torch.eye(*terms.shape[:2], dtype=torch.bool, device=terms.device)[..., None]
+
+    def mean(self, terms: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss: the mean of the terms [2 V B] over pairs of different views, each times its weight, if any."""
+        teachers, views, images = terms.shape
+        weighted = terms if weights is None else terms * weights
+        return weighted.masked_fill(~self.pairs(terms), 0).sum() / (teachers * (views - 1) * images)
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """Student logits [V B K], whose first two views are the teacher's, and targets [2 B K], to a scalar."""
+        return self.mean(self.terms(student_logits, targets))
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -15,6 +12,7 @@ from pathlib import Path
 from string import Template
 
 from dino_value.errors import UserError
+from dino_value.files import write_bytes
 from dino_value.report.figures import Figure, Panel, arm_styles
 from dino_value.report.statistics import (
     LEVEL,
@@ -74,11 +72,11 @@ def write_report(path: str | Path, report: Report) -> Path:
     try:
         for figure in report.figures:
             for panel in figure.panels:
-                _write(
-                    path.parent / f"{path.stem}_figures" / f"{_slug(figure.name)}-{_slug(panel.name)}.png",
-                    panel.png,
-                )
-        _write(path, page.encode("utf-8"))
+                picture = path.parent / f"{path.stem}_figures" / f"{_slug(figure.name)}-{_slug(panel.name)}.png"
+                picture.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(picture, panel.png)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, page.encode("utf-8"))
     except OSError as error:
         raise UserError(f"cannot write the report {path}: {error.strerror}; choose another --out") from error
     return path
@@ -102,24 +100,6 @@ def render(report: Report) -> str:
         commands=_section("Reproduce this", _commands(report.commands), report.commands),
         environment=_section("Environment", _pairs(report.environment), report.environment),
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write beside ``path`` and rename: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)  # mkstemp's own 0600 would keep colleagues from reading it
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-# --- parts of the page --------------------------------------------------------------------------------------
 
 
 def _text(value: object) -> str:

@@ -312,13 +312,13 @@ def test_output_folder_that_cannot_be_made(weights: str, tmp_path: Path) -> None
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "results.json"
-    common.write_json(target, {"miou": 0.5})
+    common.write_results(target, {"miou": 0.5})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        common.write_json(target, {"miou": float("nan")})
+        common.write_results(target, {"miou": float("nan")})
     assert json.loads(target.read_text()) == {"miou": 0.5}
     assert list(tmp_path.iterdir()) == [target]
     with pytest.raises(UserError, match="cannot be written"):
-        common.write_json(tmp_path / "none" / "results.json", {})
+        common.write_results(tmp_path / "none" / "results.json", {})
 
 
 @pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("480x640", (480, 640))])

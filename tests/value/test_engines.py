@@ -21,6 +21,7 @@ from dino_value.value import (
     value_step,
 )
 from dino_value.value.directions import cosine, dot
+from dino_value.value.engines import linear
 
 # Every way in which φ reaches the loss.
 CASES: dict[str, dict[str, Any]] = {
@@ -38,7 +39,13 @@ CASES: dict[str, dict[str, Any]] = {
     "rotary positions, all crops": {"model": "vit_small_patch16_dinov3", "crops": "all", "through_teacher": True},
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-engines = pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES.keys())
+# `linear` has its own tests, with the terms that it wants: test_terms.
+engines = pytest.mark.parametrize("engine", [double_backward, finite_difference])
+
+
+def test_the_registry() -> None:
+    assert {"linear": linear, "finite_difference": finite_difference, "double_backward": double_backward} == ENGINES
+    assert list(ENGINES) == ["linear", "finite_difference", "double_backward"]  # the cheapest first
 
 
 def error(found: Gradient, expected: Gradient) -> float:
@@ -160,6 +167,19 @@ def test_pre_gradient_is_the_learners_gradient(problem: Callable[..., Any], case
     found = pre_gradient(task, task.trunk(), p.theta)
     assert error(found, [part.detach() for part in p.plain_gradient()]) < 1e-10
     assert not any(part.requires_grad for part in found)
+
+
+def test_a_parameter_that_the_tail_does_not_use_has_a_zero_gradient() -> None:
+    phi = nn.Parameter(torch.tensor([0.3, -0.7, 1.1]))
+    parameters = {"weight": torch.linspace(0.5, 1.5, 5), "unused": torch.ones(2)}
+    task = HalfTask(phi)
+    g_pre = pre_gradient(task, task.trunk(), parameters)
+    assert g_pre[0].norm() > 0
+    assert g_pre[1].tolist() == [0, 0]
+    u = [torch.linspace(-1, 2, 5), torch.ones(2)]
+    values = [engine(task, task.trunk(), parameters, u, [phi]) for engine in (double_backward, finite_difference)]
+    for value in values:
+        assert value.item() == pytest.approx(inner(u, g_pre).item(), rel=1e-5)
 
 
 def test_value_step_reports_value_and_cosine(problem: Callable[..., Any]) -> None:

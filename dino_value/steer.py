@@ -1,0 +1,439 @@
+"""The designer's side of Algorithm 1: labels → heads → g_down → direction → φ, and what φ makes of the learner's task.
+
+A designer is a mask generator (`unet`, `sit`), a closed form without parameters (`weights`, `best_of_n`; method section
+2), or one of each (`unet+weights`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_value.config import Config
+from dino_value.data.sampling import Cursor, Source, Stream, generator, key
+from dino_value.designers import DESIGNERS, RandomMasks, sparsity, total_variation
+from dino_value.errors import UserError
+from dino_value.feedback import downstream_gradient, fit_head, held_gradients, open_feedback
+from dino_value.objectives.dino import DINOLoss
+from dino_value.optim import FiniteGuard
+from dino_value.steps import Learner, SSLTask, State, Tail, Views, design_views, make_views
+from dino_value.track import Meters
+from dino_value.value import (
+    DIRECTIONS,
+    ENGINES,
+    AdamState,
+    Direction,
+    Engine,
+    Gradient,
+    Guard,
+    Scope,
+    ValueStep,
+    adam,
+    alignment,
+    best_of,
+    check_engine,
+    check_method,
+    check_start,
+    choose_engine,
+    choose_radius,
+    combine,
+    engine_error,
+    last_blocks,
+    matching,
+    mean_gradient,
+    pre_gradient,
+    random_like,
+    split_half,
+    task_alignment,
+    term_values,
+    value_gain,
+    value_step,
+    value_weights,
+)
+
+CHECK_IMAGES = 4  # of a meta batch, for the engine's start-up check
+
+
+class Steer:
+    """φ, the feedback that teaches it, and all of their state."""
+
+    def __init__(
+        self,
+        config: Config,
+        student: Learner,
+        teacher: Learner,
+        loss: DINOLoss,
+        optimizer: torch.optim.Optimizer,
+        guard: FiniteGuard,
+        meters: Meters,
+        views: Source,
+        autocast: Callable[[], torch.autocast],
+    ) -> None:
+        self.config, self.guard, self.meters, self.autocast = config, guard, meters, autocast
+        self.device = device = loss.center.device
+        self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
+        backbone = student.backbone
+        self.scope = open_scope(config, backbone, backbone.final_norm)
+        check_sizes(config, backbone.patch_size)
+        with refusing("value.combine"):
+            check_method(config.value.combine)
+
+        torch.manual_seed(key(config.seed, "designer"))
+        d = config.designer
+        self.designer: nn.Module | None = None
+        self.designer_optimizer: torch.optim.Optimizer | None = None
+        if d.mask:
+            self.designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio).to(device)
+            self.designer_optimizer = torch.optim.AdamW(
+                self.designer.parameters(), lr=d.lr, weight_decay=0.0, fused=True
+            )
+        self.feedback = open_feedback(config, backbone.embed_dim, device)
+        self.guards = {task.kind: Guard(config.value.guard_rate) for task in self.feedback if task.guard}
+        # No image of the g_down batches may be among those of g_pre.
+        held = {task.source.name(index) for task in self.feedback for index in task.meta_indices + task.held_indices}
+        workers = 0 if config.data.in_memory else min(1, config.data.workers)
+        self.meta_stream = Stream(
+            views.without(held),  # type: ignore[attr-defined]
+            config.value.batch_size,
+            config.seed,
+            "meta unlabeled",
+            workers,
+        )
+        self.meta = Cursor(self.meta_stream)
+        self.updates = 0
+        self.engine_name: str | None = None if config.value.engine == "auto" else config.value.engine
+        self.radius = config.value.radius or 1.0
+        self.direction: Gradient | None = None  # the last u, which the closed forms follow between updates
+        self.clip_scale = torch.ones((), device=device)  # what clipping left of the learner's last gradient
+        self.notes: list[str] = []  # for the log
+
+    # What φ makes of the learner's task
+
+    @torch.no_grad()
+    def learned_views(self, views: Views, step: int) -> Views:
+        """What the learner sees at `step`: the views as they are during burn-in, or without a mask generator."""
+        if self.designer is None or step < self.config.value.burn_in:
+            return views
+        learned, masks = design_views(self.designer, views, self.config.designer, key(self.config.seed, "fill", step))
+        self.meters.add(mask_mean=masks.mean())
+        return learned
+
+    @torch.no_grad()
+    def chosen_views(self, views: Views, targets: Tensor) -> Views:
+        """Of n candidates for each local slot the one of highest value, or the first before any update:
+        [N·n·B 3 h w] to [N·B 3 h w]. The views as they are with another designer."""
+        if self.config.designer.closed_form != "best_of_n":
+            return views
+        n, small = self.config.designer.candidates, views.small.unflatten(0, (-1, views.batch))
+        if self.direction is None:
+            return Views(views.large, small[::n].flatten(0, 1))
+        start = self.scope.start
+        state = views.small if start is None else self.student.backbone(views.small, stop=start)
+        values = self._values([state], targets).mean(0)
+        images = torch.arange(views.batch, device=values.device)
+        return Views(views.large, small[best_of(values, n), images].flatten(0, 1))
+
+    def term_weights(self, states: Sequence[State], targets: Tensor) -> Tensor | None:
+        """Weights [2 V B] of the loss's terms, mean one, from hidden states that the step has anyway; none before the
+        first update, or with another designer."""
+        d = self.config.designer
+        if d.closed_form != "weights" or self.direction is None:
+            return None
+        values = self._values(states, targets)
+        weights = value_weights(values, d.temperature, d.weight_clip, self.loss.pairs(values))
+        # ⟨u, g_pre⟩ of the very step, without and with the weights.
+        self.meters.add(plain_value=self.loss.mean(values), weighted_value=self.loss.mean(values, weights))
+        return weights
+
+    @torch.no_grad()
+    def _values(self, states: Sequence[State], targets: Tensor) -> Tensor:
+        """v [2 V B]: how much one step on each term of the loss lowers the downstream loss, in float32."""
+        assert self.direction is not None
+        tail = Tail(self.student, self.scope, targets.shape[1])
+        states = [state.full() if not isinstance(state, Tensor) else state.float() for state in states]
+        training = self.student.training
+        self.student.eval()  # stochastic depth would give both ends of the difference another function
+        with torch.autocast(self.device.type, enabled=False):
+            values = term_values(
+                lambda parameters: self.loss.terms(tail.logits(states, parameters), targets),
+                self.scope.parameters(self.student.backbone),
+                self.direction,
+            )
+        self.student.train(training)
+        return values
+
+    # How φ learns
+
+    def update_if_due(self, step: int, temperature: float) -> None:
+        """The updates of φ that come before learner step `step`: one every r steps after burn-in, more at its end."""
+        v = self.config.value
+        since = step - v.burn_in
+        if since >= 0 and since % v.period == 0:
+            for _ in range(1 + (v.warmup if since == 0 else 0)):
+                with self.autocast():
+                    self.update(step, temperature)
+
+    def update(self, step: int, temperature: float) -> None:
+        """One step of φ on −V + λR, on labelled train and meta batches and an unlabeled meta batch of their own.
+
+        Args:
+            step: the learner's, for messages.
+            temperature: the teacher's.
+        """
+        config, number, backbone = self.config, self.updates, self.student.backbone
+        torch.manual_seed(key(config.seed, "designer step", number))
+        self.student.eval()  # stochastic depth would make every pass, and both ends of a difference, another function
+        for one in self.feedback:
+            for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
+                fit_head(one, backbone, self.device, self.guard)
+        found = {one.kind: downstream_gradient(one, backbone, self.scope, self.device) for one in self.feedback}
+        gradients = {kind: gradient for kind, (gradient, _) in found.items()}
+        g_down = self._g_down(gradients)
+        direction = self._direction({kind: gradients[kind] for kind in self.guards})
+        views = make_views(backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number)
+        task = self._task(views, temperature, self.designer)
+        parameters = self.scope.parameters(backbone)
+        if number == 0:
+            self._check(views, temperature, parameters, gradients, g_down)
+
+        with torch.set_grad_enabled(self.designer is not None):
+            hidden = task.trunk()
+        metrics = {f"loss_{kind}": loss for kind, (_, loss) in found.items()}
+        if self.designer is None:
+            g_pre = pre_gradient(task, hidden, parameters)
+            direction(g_down, g_pre)
+            metrics |= ValueStep.of(g_down, g_pre)._asdict()
+        else:
+            metrics |= self._learn(task, hidden, parameters, g_down, direction)
+        self._watch(step, number, metrics)
+        if self.designer_optimizer is not None:
+            self.guard.step(self.designer_optimizer)
+        if config.value.diagnose and number % config.value.diagnose == 0:
+            metrics |= self._diagnose(views, temperature, parameters, list(gradients.values()))
+        self.student.train()
+        self.updates += 1
+        self.meters.add(**metrics)
+
+    def _learn(
+        self,
+        task: SSLTask,
+        hidden: tuple[Tensor, ...],
+        parameters: dict[str, Tensor],
+        g_down: Gradient,
+        direction: Direction,
+    ) -> dict[str, Tensor]:
+        """φ's gradient, clipped, in φ's .grad."""
+        assert self.designer is not None
+        assert self.designer_optimizer is not None
+        assert task.masks is not None
+        d, phi = self.config.designer, list(self.designer.parameters())
+        self.designer_optimizer.zero_grad()
+        penalty = d.lambda_spars * sparsity(task.masks, d.keep_ratio) + d.lambda_tv * total_variation(task.masks)
+        found = value_step(task, parameters, g_down, direction, self._engine(), phi, penalty, hidden)
+        length = torch.nn.utils.clip_grad_norm_(phi, self.config.optim.clip)
+        spread = task.masks.detach().std((-1, -2)).mean()
+        return found._asdict() | {"designer_gradient_norm": length, "mask_spread": spread}
+
+    def _g_down(self, gradients: dict[str, Gradient]) -> Gradient:
+        """One g_down of the tasks that are not guards; in the random arm a Gaussian of its norms."""
+        targets = [task for task in self.feedback if not task.guard]
+        g_down = combine(
+            [gradients[task.kind] for task in targets], [task.weight for task in targets], self.config.value.combine
+        )
+        if "random" in (self.config.method, self.config.value.direction):
+            return random_like(g_down, generator(self.config.seed, "random direction", self.updates))
+        return g_down
+
+    def _direction(self, guarded: dict[str, Gradient]) -> Direction:
+        """The configured direction, bent by the guards, and kept for the closed forms."""
+        name = self.config.value.direction
+        if name == "adam":
+            named = dict(self.student.backbone.named_parameters())
+            state = AdamState.of(self.optimizer, [named[name] for name in self.scope.names])
+            base = adam(state, self.clip_scale)
+        else:  # a random g_down is drawn above, from a generator of its own
+            base = DIRECTIONS["dot" if name == "random" else name]
+
+        def direction(g_down: Gradient, g_pre: Gradient) -> Gradient:
+            u = base(g_down, g_pre)
+            if self.config.method != "random":
+                for kind, gradient in guarded.items():
+                    u = self.guards[kind].direct(u, gradient)
+                    self.guards[kind].update(alignment(gradient, g_pre))
+            self.direction = u
+            return u
+
+        return direction
+
+    def task(self, views: Views, temperature: float, designed: bool = True, seed: int = 0) -> SSLTask:
+        """The learner's task on `views`: as the designer makes it, or plain."""
+        designer = self.designer if designed else None
+        task = self._task(views, temperature, designer, seed)
+        if designed and self.config.designer.closed_form == "weights":
+            task.weigh = self.term_weights
+        return task
+
+    def _task(self, views: Views, temperature: float, designer: nn.Module | None, seed: int | None = None) -> SSLTask:
+        seed = key(self.config.seed, "meta fill", self.updates) if seed is None else seed
+        return SSLTask(
+            self.student, self.teacher, self.loss, temperature, designer, views, self.config.designer, self.scope, seed
+        )
+
+    def _engine(self) -> Engine:
+        assert self.engine_name is not None
+        return engines(self.radius)[self.engine_name]
+
+    def _check(
+        self,
+        views: Views,
+        temperature: float,
+        parameters: dict[str, Tensor],
+        gradients: dict[str, Gradient],
+        g_down: Gradient,
+    ) -> None:
+        """Before the first update: is each g_down usable, and the engine exact enough on a few images?
+
+        Raises:
+            UserError: no.
+        """
+        tolerance = self.config.value.tolerance
+        for kind, gradient in gradients.items():
+            with refusing(f"feedback.{kind}"):
+                check_start(gradient)
+        if self.designer is None:
+            return
+        task, phi = self._task(views.first(CHECK_IMAGES), temperature, self.designer), list(self.designer.parameters())
+        with refusing("value.engine"):
+            if self.config.value.radius is None and self.engine_name != "double_backward":
+                self.radius, _ = choose_radius(task, parameters, g_down, phi)
+            if self.engine_name is None:
+                self.engine_name, error = choose_engine(task, parameters, g_down, phi, engines(self.radius), tolerance)
+            else:
+                error = check_engine(task, parameters, g_down, phi, self._engine(), bound=tolerance)
+        with refusing("designer"):
+            check_start(g_down, task.masks)
+        at = f" at radius {self.radius:.0e}" if self.engine_name == "finite_difference" else ""
+        self.notes.append(f"engine {self.engine_name}{at}: relative error {error:.1e} on {task.views.batch} images")
+
+    def _watch(self, step: int, number: int, metrics: dict[str, Tensor]) -> None:
+        """Have the guard refuse the next step of φ, or without φ of the learner, if a term is not finite."""
+        optimizer = self.designer_optimizer or self.optimizer
+
+        def watch(stream: Stream, batch: int, names: Sequence[str]) -> None:
+            terms = {name: metrics[name] for name in names}
+            self.guard.watch(optimizer, lambda bad: not_finite(step, bad, stream, batch), **terms)
+
+        for task in self.feedback:
+            watch(task.meta_stream, task.meta.count - 1, [f"loss_{task.kind}"])
+        watch(self.meta_stream, number, [name for name in ("value", "designer_gradient_norm") if name in metrics])
+
+    def _diagnose(
+        self, views: Views, temperature: float, parameters: dict[str, Tensor], gradients: list[Gradient]
+    ) -> dict[str, Tensor]:
+        """What the designer adds, on feedback it never uses, against the plain task and random masks on one batch."""
+        config, backbone = self.config, self.student.backbone
+        held = {task.kind: held_gradients(task, backbone, self.scope, self.device) for task in self.feedback}
+        means = [mean_gradient(parts) for parts in held.values()]
+        g_held = combine(means, [task.weight for task in self.feedback])
+        noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size)
+        gain = value_gain(
+            self.task(views, temperature),
+            self.task(views, temperature, designed=False),
+            self._task(views, temperature, noise),
+            parameters,
+            g_held,
+        )
+        metrics: dict[str, Tensor] = {}
+        for name, found in gain._asdict().items():
+            metrics |= {f"held_value_{name}": found.value, f"held_cosine_{name}": found.cosine}
+        metrics |= {f"split_half_{kind}": split_half(parts) for kind, parts in held.items() if len(parts) > 1}
+        if self.designer is not None:
+            few = self._task(views.first(CHECK_IMAGES), temperature, self.designer)
+            phi = list(self.designer.parameters())
+            error = engine_error(few, parameters, g_held, phi, self._engine())
+            metrics["engine_error"] = torch.tensor(error, device=self.device)
+        if len(gradients) > 1:
+            metrics["task_cosine"] = task_alignment(gradients)[0, 1]
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "updates": self.updates,
+            "engine": self.engine_name,
+            "radius": self.radius,
+            "direction": self.direction if self.config.designer.closed_form else None,
+            "clip_scale": self.clip_scale,
+            "feedback": {task.kind: task.state_dict() for task in self.feedback},
+            "guards": {kind: guard.state_dict() for kind, guard in self.guards.items()},
+        }
+        if self.designer is not None and self.designer_optimizer is not None:
+            state["designer"] = self.designer.state_dict()
+            state["optimizer"] = self.designer_optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates, self.engine_name, self.radius = state["updates"], state["engine"], state["radius"]
+        self.meta.seek(self.updates)
+        direction = state["direction"]
+        self.direction = None if direction is None else [part.to(self.device) for part in direction]
+        self.clip_scale = state["clip_scale"].to(self.device)
+        for task in self.feedback:
+            task.load_state_dict(state["feedback"][task.kind], self.device)
+        for kind, guard in self.guards.items():
+            guard.load_state_dict(state["guards"][kind])
+        if self.designer is not None and self.designer_optimizer is not None:
+            self.designer.load_state_dict(state["designer"])
+            self.designer_optimizer.load_state_dict(state["optimizer"])
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """The core's errors as the user's, with the part of the configuration that they are about."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def not_finite(step: int, terms: str, stream: Stream, batch: int) -> str:
+    """The error's text: which terms, and of which batch."""
+    return (
+        f"step {step}: {terms} not finite; nothing was applied. {stream.describe(batch)}. "
+        "Lower optim.lr or raise teacher_temp"
+    )
+
+
+def engines(radius: float) -> dict[str, Engine]:
+    """The engines that a mask generator can use, cheapest first."""
+    return {
+        "finite_difference": functools.partial(ENGINES["finite_difference"], radius=radius),
+        "double_backward": ENGINES["double_backward"],
+    }
+
+
+def open_scope(config: Config, backbone: nn.Module, final_norm: str) -> Scope:
+    """S of the student's backbone.
+
+    Raises:
+        UserError: it matches nothing, or more blocks than there are.
+    """
+    s, after = config.value.scope, (final_norm,)
+    with refusing("value.scope"):
+        return matching(backbone, s.patterns, after) if s.patterns else last_blocks(backbone, s.blocks, after)
+
+
+def check_sizes(config: Config, patch_size: int) -> None:
+    """Raises:
+    UserError: views or feedback images that the designer or the backbone cannot be given.
+    """
+    d = config.designer
+    if config.feedback.size % patch_size:
+        raise UserError(f"feedback.size={config.feedback.size}: not a multiple of the patch size {patch_size}")
+    sizes = [config.views.global_size] + [config.views.local_size] * (d.crops == "all")
+    if d.mask and any(size % d.stride for size in sizes):
+        raise UserError(f"designer.stride={d.stride}: must divide the views' sizes {sizes}")
