@@ -28,6 +28,8 @@ _FURNISHING = np.array(
         [0.60, 0.10, 0.10, 0.05, 0.15],
     ]
 )
+# Fully saturated: nothing in a room has such a colour.
+_INKS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=float)
 Split = Literal["unlabeled", "training", "validation", "tuning"]
 # `tuning` is for choosing settings: the numbers that are shown come from `validation`, which no choice has seen.
 _SPLIT_SEED = {"unlabeled": 0, "training": 1, "validation": 2, "tuning": 3}
@@ -122,11 +124,12 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def _print_code(rng: np.random.Generator, image: np.ndarray, cells: int = 4, copies: int = 4) -> np.ndarray:
-    """Print one 4 × 4-cell code, the image's own, at several places; return where."""
+def _print_code(rng: np.random.Generator, image: np.ndarray, cells: int = 2, copies: int = 5) -> np.ndarray:
+    """Print one code of 2 × 2 coloured cells, the image's own, at several places; return where."""
     size = image.shape[0]
-    cell = max(1, 3 * size // 64)
-    stamp = np.kron(rng.integers(0, 2, size=(cells, cells)), np.ones((cell, cell)))[..., None]
+    cell = max(1, 6 * size // 64)
+    colours = rng.permutation(_INKS)[: cells * cells].reshape(cells, cells, 3)
+    stamp = colours.repeat(cell, 0).repeat(cell, 1)
     where = np.zeros((size, size), dtype=bool)
     for _ in range(copies):
         row, column = rng.integers(0, size - cells * cell, size=2)
