@@ -133,7 +133,8 @@ class Steer:
         if self.direction is None:
             return Views(views.large, small[::n].flatten(0, 1))
         start = self.scope.start
-        state = views.small if start is None else self.student.backbone(views.small, stop=start)
+        with evaluating(self.student):
+            state = views.small if start is None else self.student.backbone(views.small, stop=start)
         values = self._values([state], targets).mean(0)
         images = torch.arange(views.batch, device=values.device)
         return Views(views.large, small[best_of(values, n), images].flatten(0, 1))
@@ -141,14 +142,16 @@ class Steer:
     def term_weights(self, states: Sequence[State], targets: Tensor) -> Tensor | None:
         """Weights [2 V B] of the loss's terms, mean one, from hidden states that the step has anyway; none before the
         first update, or with another designer."""
-        d = self.config.designer
-        if d.closed_form != "weights" or self.direction is None:
+        if self.config.designer.closed_form != "weights" or self.direction is None:
             return None
-        values = self._values(states, targets)
-        weights = value_weights(values, d.temperature, d.weight_clip, self.loss.pairs(values))
+        weights, values = self._weights(states, targets)
         # ⟨u, g_pre⟩ of the very step, without and with the weights.
         self.meters.add(plain_value=self.loss.mean(values), weighted_value=self.loss.mean(values, weights))
         return weights
+
+    def _weights(self, states: Sequence[State], targets: Tensor) -> tuple[Tensor, Tensor]:
+        d, values = self.config.designer, self._values(states, targets)
+        return value_weights(values, d.temperature, d.weight_clip, self.loss.pairs(values)), values
 
     @torch.no_grad()
     def _values(self, states: Sequence[State], targets: Tensor) -> Tensor:
@@ -156,16 +159,12 @@ class Steer:
         assert self.direction is not None
         tail = Tail(self.student, self.scope, targets.shape[1])
         states = [state.full() if not isinstance(state, Tensor) else state.float() for state in states]
-        training = self.student.training
-        self.student.eval()  # stochastic depth would give both ends of the difference another function
-        with torch.autocast(self.device.type, enabled=False):
-            values = term_values(
+        with evaluating(self.student), torch.autocast(self.device.type, enabled=False):
+            return term_values(
                 lambda parameters: self.loss.terms(tail.logits(states, parameters), targets),
                 self.scope.parameters(self.student.backbone),
                 self.direction,
             )
-        self.student.train(training)
-        return values
 
     # How φ learns
 
@@ -243,7 +242,10 @@ class Steer:
         """One g_down of the tasks that are not guards; in the random arm a Gaussian of its norms."""
         targets = [task for task in self.feedback if not task.guard]
         g_down = combine(
-            [gradients[task.kind] for task in targets], [task.weight for task in targets], self.config.value.combine
+            [gradients[task.kind] for task in targets],
+            [task.weight for task in targets],
+            self.config.value.combine,
+            self.updates,
         )
         if "random" in (self.config.method, self.config.value.direction):
             return random_like(g_down, generator(self.config.seed, "random direction", self.updates))
@@ -274,8 +276,8 @@ class Steer:
         """The learner's task on `views`: as the designer makes it, or plain."""
         designer = self.designer if designed else None
         task = self._task(views, temperature, designer, seed)
-        if designed and self.config.designer.closed_form == "weights":
-            task.weigh = self.term_weights
+        if designed and self.config.designer.closed_form == "weights" and self.direction is not None:
+            task.weigh = lambda states, targets: self._weights(states, targets)[0]
         return task
 
     def _task(self, views: Views, temperature: float, designer: nn.Module | None, seed: int | None = None) -> SSLTask:
@@ -389,6 +391,17 @@ class Steer:
         if self.designer is not None and self.designer_optimizer is not None:
             self.designer.load_state_dict(state["designer"])
             self.designer_optimizer.load_state_dict(state["optimizer"])
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without stochastic depth, which would make every pass, and both ends of a difference, another function."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 @contextlib.contextmanager
