@@ -7,23 +7,23 @@ blocks.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dino_value.errors import UserError
+from dino_value.weights import TIMM, misfits, read_header, read_tensors, recognise, table_side, to_timm
 
 WEIGHTS_NAME = "backbone.safetensors"
 
@@ -69,6 +69,8 @@ class Backbone(nn.Module):
         self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
         # Models that pool keep their last norm for after the pooling; dense features want it on every token.
         self.final_norm = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
+        # How the authors of its weights bring its position embeddings to another grid than the table's.
+        self.positions = TIMM
         self._mean: Tensor
         self._std: Tensor
         for buffer, values in (("_mean", self.mean), ("_std", self.std)):
@@ -104,12 +106,27 @@ class Backbone(nn.Module):
         model = self.model
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         tokens, rope = model.patch_embed(images), None
-        tokens = model._pos_embed(tokens)
+        if self.positions != TIMM and grid != tuple(model.patch_embed.grid_size):
+            tokens = self._add_positions(tokens, grid)
+        else:
+            tokens = model._pos_embed(tokens)
         if isinstance(tokens, tuple):  # EVA-style models return the rotary table beside the tokens
             tokens, rope = tokens
         else:
             tokens = model.patch_drop(tokens)
         return Hidden(model.norm_pre(tokens), rope, grid)
+
+    def _add_positions(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """timm's `_pos_embed` of a VisionTransformer [B h w D], interpolating as `positions` says."""
+        model = self.model
+        prefix = [
+            token.expand(len(tokens), -1, -1) for token in (model.cls_token, model.reg_token) if token is not None
+        ]
+        shared = 0 if model.no_embed_class else self.num_prefix_tokens  # rows of the table that are not the patches'
+        table = self.positions.resample(model.pos_embed, grid, shared, tuple(model.patch_embed.grid_size))
+        patches = tokens.flatten(1, 2) + table[:, shared:]
+        before = torch.cat(prefix, dim=1) if prefix else patches[:, :0]
+        return model.pos_drop(torch.cat([before + table[:, :shared] if shared else before, patches], dim=1))
 
     def _block(self, index: int, tokens: Tensor, rope: Tensor | None) -> Tensor:
         block = self.model.blocks[index]
@@ -130,14 +147,16 @@ def create_backbone(
     kwargs: Mapping[str, Any] | None = None,
     weights: str | os.PathLike[str] | None = None,
     min_match: float = 0.9,
+    keep_grid: bool = False,
 ) -> Backbone:
     """A timm ViT by name, for inputs of any size that the patch divides.
 
     Args:
         img_size: the size its position embedding is made for, pixels.
         kwargs: passed to timm (`patch_size`, `embed_dim`, `depth`, `num_heads`, `drop_path_rate`, …).
-        weights: a local file to start from; nothing is ever downloaded.
-        min_match: the share of the model's tensors that the file must fill.
+        weights: a local file to start from, in any layout of weights.py; nothing is ever downloaded.
+        min_match: the share of the model's tensors that the file must fill, and of the file's that must find a place.
+        keep_grid: take the file's own table of positions, whatever `img_size`; see `load_weights`.
 
     Raises:
         UserError: unknown name (with the nearest known ones), not a ViT, arguments timm refuses, or bad weights.
@@ -161,91 +180,87 @@ def create_backbone(
         raise UserError(f"image size {img_size} is not a multiple of the patch size {patch} of {name}")
     backbone = Backbone(name, model, {**kwargs, "img_size": img_size})
     if weights is not None:
-        report = load_weights(backbone, weights, min_match)
-        if report.missing or report.unexpected:
-            print(f"{weights}: {report}", file=sys.stderr)
+        print(f"{weights}: {load_weights(backbone, weights, min_match, keep_grid)}", file=sys.stderr)
     return backbone
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a weights file filled: names of the model's tensors, and of the file's tensors that had no place."""
+    """What a weights file filled: names of the model's tensors, and of the file's tensors that had no place.
+
+    Beside them the layout the file was read as, tensors left out by intent (heads, mask tokens, constants), and what
+    was resampled.
+    """
 
     matched: list[str]
     missing: list[str]
     unexpected: list[str]
+    format: str = "timm"
+    ignored: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def share(self) -> float:
-        return len(self.matched) / max(1, len(self.matched) + len(self.missing))
+        """Of the model that the file fills, or of the file that found a place, whichever is less."""
+        return len(self.matched) / max(1, len(self.matched) + max(len(self.missing), len(self.unexpected)))
 
     def __str__(self) -> str:
         def some(names: list[str]) -> str:
             return f"{len(names)}" + (f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "")
 
-        return f"matched {len(self.matched)}, missing {some(self.missing)}, unexpected {some(self.unexpected)}"
+        aside = "; ".join([*([f"left out {some(self.ignored)}"] if self.ignored else []), *self.notes])
+        return (
+            f"read as {self.format}{f' ({aside})' if aside else ''}: "
+            f"matched {len(self.matched)}, missing {some(self.missing)}, unexpected {some(self.unexpected)}"
+        )
 
 
-def load_weights(backbone: Backbone, path: str | os.PathLike[str], min_match: float = 0.9) -> LoadReport:
-    """Fill `backbone` from a local .safetensors or .pth file, through timm's own key and position-embedding filter.
+def load_weights(
+    backbone: Backbone, path: str | os.PathLike[str], min_match: float = 0.9, keep_grid: bool = False
+) -> LoadReport:
+    """Fill `backbone` from a local .safetensors or .pth file of DINO, DINOv2, DINOv3, timm or transformers.
+
+    Position embeddings are interpolated as the layout's authors do it, from here on and for other image sizes too.
+    With `keep_grid` the model takes the file's own table, so that features of every size are the published ones;
+    without, the table is resampled once to the model's grid, and its shape depends on the model alone.
 
     A tensor of another shape counts as missing *and* unexpected: nothing is half-loaded in silence.
 
     Raises:
-        UserError: the file is absent, unreadable, or fills less than `min_match` of the model.
+        UserError: the file is absent or unreadable; its width is another; less than `min_match` fits; or, unless
+            `min_match` is 0, it has another number of registers, or biases that the model lacks.
     """
-    tensors = read_tensors(path)
     model = backbone.model
-    filter_fn = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"]).checkpoint_filter_fn
+    weights = recognise(read_tensors(path), read_header(path))
+    wrong = misfits(weights, model, backbone.name)
+    if keep_grid and not wrong and model.pos_embed is not None:
+        side = table_side(weights, model)
+        if side is not None and (side, side) != tuple(model.patch_embed.grid_size):
+            model.set_input_size(img_size=(side * backbone.patch_size,) * 2)
+            backbone.kwargs["img_size"] = side * backbone.patch_size
+    tensors, notes = to_timm(weights, model)
     wanted = model.state_dict()
-    # The filter may assume a layout that this file does not have; then the plain names are compared.
-    with contextlib.suppress(KeyError, RuntimeError, AssertionError, ValueError):
-        tensors = filter_fn(dict(tensors), model)
     matched = [name for name, value in wanted.items() if name in tensors and tensors[name].shape == value.shape]
     keep = set(matched)
     report = LoadReport(
-        matched, [name for name in wanted if name not in keep], [name for name in tensors if name not in keep]
+        matched,
+        [name for name in wanted if name not in keep],
+        [name for name in tensors if name not in keep],
+        weights.format,
+        weights.ignored,
+        notes,
     )
-    if report.share < min_match:
-        raise UserError(
-            f"{path}: these weights do not fit {backbone.name}: {report}; "
-            f"{report.share:.0%} is below backbone.min_match={min_match:.0%}. Name the architecture that wrote the file"
-        )
+    reasons = [f"{report.share:.0%} is below backbone.min_match={min_match:.0%}"] if report.share < min_match else []
+    if min_match > 0 or weights.width not in (None, backbone.embed_dim):
+        reasons += wrong
+    if reasons:
+        advice = "" if wrong else ". Name the architecture that wrote the file"
+        raise UserError(f"{path}: these weights do not fit {backbone.name}: {report}; {'; '.join(reasons)}{advice}")
     model.load_state_dict({name: tensors[name] for name in matched}, strict=False)
+    # Rotary models are timm's: the rules are for a table alone.
+    learned = model.pos_embed is not None and getattr(model, "rope", None) is None
+    backbone.positions = weights.positions if learned else TIMM
     return report
-
-
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or weights-only .pth file, unwrapped from the usual outer dictionaries."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable weights file: {_first_line(error)}") from None
-    except Exception as error:  # pickle.UnpicklingError: an object that weights-only loading refuses
-        raise UserError(f"{path}: refused by weights-only loading: {_first_line(error)}") from None
-    for key in ("teacher", "student", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    prefixes = ("module.", "backbone.", "model.")
-    tensors: dict[str, Tensor] = {}
-    for name, value in content.items() if isinstance(content, dict) else ():
-        for prefix in prefixes:
-            name = name.removeprefix(prefix)
-        if isinstance(value, Tensor):
-            tensors[name] = value
-    if not tensors:
-        raise UserError(f"{path}: holds no tensors")
-    return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mapping[str, str] | None = None) -> None:
@@ -256,6 +271,8 @@ def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mappi
     """
     path = Path(path)
     metadata = {"model": backbone.name, "kwargs": json.dumps(backbone.kwargs), **(extra or {})}
+    if backbone.positions != TIMM:
+        metadata["positions"] = json.dumps(backbone.positions)
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -278,7 +295,8 @@ def load_backbone(
 ) -> Backbone:
     """The backbone of a run folder, or of a weights file.
 
-    Our own files name their architecture in the header; for any other file give `model`, a timm name.
+    Our own files name their architecture in the header; for any other file give `model`, a timm name. The table of
+    positions stays the file's own, and is interpolated as its authors do it; `img_size` counts where there is none.
 
     Raises:
         UserError: nothing there, no architecture known, or the weights do not fit it.
@@ -288,16 +306,12 @@ def load_backbone(
         path = path / WEIGHTS_NAME
         if not path.is_file():
             raise UserError(f"{path.parent}: not a run folder with weights (no {WEIGHTS_NAME} in it)")
-    if path.suffix == ".safetensors" and path.is_file() and model is None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable weights file: {error}") from None
-        if "model" in metadata:
-            model = metadata["model"]
-            kwargs = {**json.loads(metadata.get("kwargs", "{}")), **(kwargs or {})}
+    if model is None:
+        header = read_header(path) or {}
+        if "model" in header:
+            model = header["model"]
+            kwargs = {**json.loads(header.get("kwargs", "{}")), **(kwargs or {})}
     if model is None:
         raise UserError(f"{path}: the file does not name its architecture; add --model with a timm name")
     kwargs = dict(kwargs or {})
-    return create_backbone(model, int(kwargs.pop("img_size", img_size)), kwargs, path, min_match)
+    return create_backbone(model, int(kwargs.pop("img_size", img_size)), kwargs, path, min_match, keep_grid=True)

@@ -61,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe.json)")
     probe.set_defaults(command=_probe)
 
+    export = commands.add_parser("export", help="write a run's backbone for timm, transformers or torch.hub")
+    export.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run folder or a weights file")
+    export.add_argument("--format", required=True, choices=("timm", "hf", "torchhub"))
+    export.add_argument("--out", type=Path, help="folder that gets weights and model card (default: RUN/export/FORMAT)")
+    export.add_argument("--model", help="timm name, for a file that names none")
+    export.set_defaults(command=_export)
+
     # Only for the help text: main() hands its arguments to the evaluation's own parser.
     commands.add_parser("eval", help="linear, seg or depth: a head on frozen features of a run or a weights file")
     return parser
@@ -95,6 +102,14 @@ def _probe(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     print_result(found)
     print(path)
+    return EXIT_DONE
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from dino_value.export import export
+
+    written = export(arguments.run, arguments.format, arguments.out, arguments.model)
+    print(written.folder)
     return EXIT_DONE
 
 

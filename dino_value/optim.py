@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -12,13 +13,57 @@ from torch import Tensor, nn
 from dino_value.errors import UserError
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
-    """Two groups: weights, and the biases and norms (1-D tensors), which are never decayed (main_dino.py)."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def parameter_groups(
+    module: nn.Module, layer_decay: float = 1.0, patch_embed_scale: float = 1.0
+) -> list[dict[str, object]]:
+    """Two groups: weights, and the biases and norms (1-D tensors), which are never decayed (main_dino.py).
+
+    With a factor below, there are such groups for each learning rate, and `lr_scale` is what to multiply it by.
+
+    Args:
+        layer_decay: of the learning rate, from one block to the block before it (`lr_scale`); 0.9 in DINOv2.
+        patch_embed_scale: of the patch embedding's learning rate, besides; 0.2 in DINOv2.
+    """
+    scaled = not layer_decay == patch_embed_scale == 1
+    depth = 1 + max((_block(name) for name, _ in module.named_parameters()), default=-1)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {} if scaled else {(1.0, True): [], (1.0, False): []}
     for name, parameter in module.named_parameters():
-        (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    return [{"params": decayed, "decay": True}, {"params": plain, "decay": False, "weight_decay": 0.0}]
+        plain = name.endswith(".bias") or parameter.ndim == 1
+        scale = lr_scale(name, depth, layer_decay) * (patch_embed_scale if "patch_embed" in name else 1)
+        groups.setdefault((scale, not plain), []).append(parameter)
+    return [
+        {"params": parameters, "decay": decay}
+        | ({} if decay else {"weight_decay": 0.0})
+        | ({"lr_scale": scale} if scaled else {})
+        for (scale, decay), parameters in groups.items()
+    ]
+
+
+def lr_scale(name: str, depth: int, layer_decay: float) -> float:
+    """Factor of a parameter's learning rate, `layer_decay` to the power of the layers after its own (DINOv2).
+
+    The embeddings of a backbone of `depth` blocks are layer 0, block i is layer i + 1; all else, its final norm,
+    registers and the head included, is layer depth + 1 and has factor 1. `name` is as in a learner (`backbone.…`) or
+    in a backbone (`model.…`).
+    """
+    layer = _block(name) + 1
+    if layer == 0:
+        embedding = _in_backbone(name) and any(part in name for part in _EMBEDDINGS)
+        layer = 0 if embedding else depth + 1
+    return layer_decay ** (depth + 1 - layer)
+
+
+_EMBEDDINGS = ("pos_embed", "patch_embed", "mask_token", "cls_token")
+
+
+def _in_backbone(name: str) -> bool:
+    return name.startswith(("backbone.", "model.", "mask_token."))
+
+
+def _block(name: str) -> int:
+    """Number of the backbone's block that a parameter is in; −1 outside."""
+    found = re.search(r"\.blocks\.(\d+)\.", name) if _in_backbone(name) else None
+    return int(found[1]) if found else -1
 
 
 def cosine_schedule(step: int, steps: int, start: float, end: float, warmup: int = 0) -> float:

@@ -65,6 +65,7 @@ _OURS = {
     "checkpoints",
     "backbone.safetensors",
     "results",
+    "export",
     "report.html",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.

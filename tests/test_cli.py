@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,14 @@ def data(tiny_data: Path, tmp_path: Path) -> Path:
 def refused(tiny_yaml: Path, out: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
     """Run `dino-value train` with overrides that must be refused; the one line on stderr."""
 
-    def run(*overrides: str) -> str:
+    def run(*overrides: str, said: Sequence[str] = ()) -> str:
         code = cli.main(["train", str(tiny_yaml), f"out={out}", *overrides])
         printed = capfd.readouterr()
         assert code == 2
         assert printed.out == ""
         lines = printed.err.splitlines()
+        for pattern in said:  # before the refusal
+            assert re.search(pattern, lines.pop(0))
         assert len(lines) == 1, printed.err
         assert lines[0].startswith("error: ")
         assert "Traceback" not in lines[0]
@@ -229,7 +232,7 @@ def test_weights_that_are_not_finite(refused: Refused, tmp_path: Path, out: Path
     weights = load_file(path)
     weights["norm.weight"][0] = float("nan")
     save_file(weights, path)
-    line = refused(f"backbone.weights={path}", "method=baseline")
+    line = refused(f"backbone.weights={path}", "method=baseline", said=[r"read as timm: matched \d+, missing 0"])
     assert "step 0: loss and gradient_norm not finite; nothing was applied. Batch 0 of unlabeled: images [" in line
     assert untouched(out)
 

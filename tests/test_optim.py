@@ -11,7 +11,7 @@ from torch import nn
 
 from dino_value.backbones import create_backbone
 from dino_value.objectives.dino import DINOHead
-from dino_value.optim import cosine_schedule, linear_schedule, parameter_groups, update_ema
+from dino_value.optim import cosine_schedule, linear_schedule, lr_scale, parameter_groups, update_ema
 from dino_value.steps import Learner
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -76,3 +76,77 @@ def test_moving_average() -> None:
     update_ema(teacher, student, 0.0)
     assert all(map(torch.equal, teacher, student))
     assert bool((student[0] == 0).all())
+
+
+def published_rate(name: str, rate: float, blocks: int) -> float:
+    """DINOv2's rule in words of its own names: embeddings, then the blocks, then everything else."""
+    layers = ["embeddings", *range(blocks), "else"]
+    if name.split(".")[0] != "backbone":
+        layer: int | str = "else"
+    elif name.split(".")[1] in ("pos_embed", "patch_embed", "mask_token", "cls_token"):
+        layer = "embeddings"
+    elif name.split(".")[1] == "blocks":
+        layer = int(name.split(".")[2])
+    else:
+        layer = "else"
+    return rate ** (len(layers) - 1 - layers.index(layer))
+
+
+def small_learner(registers: bool = False) -> Learner:
+    kwargs = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    name = "vit_small_patch14_reg4_dinov2" if registers else "vit_tiny_patch16_224"
+    return Learner(create_backbone(name, 32, kwargs), DINOHead(48, 40, 32, 16))
+
+
+def test_the_published_layer_decay() -> None:
+    """Registers are not among DINOv2's embeddings: they learn at the full rate."""
+    learner = small_learner(registers=True)
+    names = {
+        id(parameter): name.replace("backbone.model.", "backbone.") for name, parameter in learner.named_parameters()
+    }
+    seen = set()
+    for group in parameter_groups(learner, layer_decay=0.9, patch_embed_scale=0.2):
+        for parameter in group["params"]:  # type: ignore[attr-defined]
+            name = names[id(parameter)]
+            expected = published_rate(name, 0.9, 3) * (0.2 if "patch_embed" in name else 1)
+            assert group["lr_scale"] == pytest.approx(expected, rel=1e-15)
+            decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+            assert group["decay"] is decayed
+            assert group.get("weight_decay", 0.04) == (0.04 if decayed else 0.0)
+            seen.add(name)
+    assert seen == set(names.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "power"),
+    [
+        ("backbone.model.pos_embed", 4),
+        ("backbone.model.patch_embed.proj.weight", 4),
+        ("mask_token.token", 4),
+        ("backbone.model.blocks.0.attn.qkv.weight", 3),
+        ("backbone.model.blocks.2.norm1.bias", 1),
+        ("model.blocks.1.mlp.fc1.weight", 2),
+        ("backbone.model.norm.weight", 0),
+        ("backbone.model.reg_token", 0),
+        ("head.last_layer.weight", 0),
+        ("head.blocks.1.attn.qkv.weight", 0),  # a predictor's, not the backbone's
+    ],
+)
+def test_layers_by_name(name: str, power: int) -> None:
+    assert lr_scale(name, 3, 0.5) == 0.5**power
+
+
+def test_one_group_for_each_rate_and_decay() -> None:
+    groups = parameter_groups(small_learner(), layer_decay=0.8)
+    kinds = [(group["lr_scale"], group["decay"]) for group in groups]
+    assert len(set(kinds)) == len(kinds) == 2 * 5
+    assert sorted({scale for scale, _ in kinds}) == pytest.approx([0.8**power for power in (4, 3, 2, 1, 0)])
+    torch.optim.AdamW(groups, lr=1e-3, fused=True)
+
+
+def test_without_layer_decay_the_groups_are_as_ever() -> None:
+    learner = small_learner()
+    decayed, plain = parameter_groups(learner, layer_decay=1.0, patch_embed_scale=1.0)
+    assert set(decayed) == {"params", "decay"}
+    assert set(plain) == {"params", "decay", "weight_decay"}
+    assert [group["lr_scale"] for group in parameter_groups(learner, patch_embed_scale=0.2)].count(0.2) == 2

@@ -12,7 +12,7 @@ __all__ = ["open_views"]
 
 
 def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> MemoryViews | FolderViews:
-    """The unlabeled stream's source: a folder of images, nested or not, or the embedded `scenes`.
+    """The unlabeled stream's source: a folder of images, nested or not, or the embedded `scenes` or `scenes/clean`.
 
     Args:
         in_memory: decode everything once; the images must be of one size.
@@ -20,10 +20,11 @@ def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> Me
     Raises:
         UserError: no images, or images of several sizes where one is needed.
     """
-    if path == "scenes":
+    if path in ("scenes", "scenes/clean"):
         from dino_value.data.scenes import scenes
 
-        return MemoryViews(scenes("unlabeled", settings.global_size).images, settings)
+        split = scenes("unlabeled" if path == "scenes" else "clean", settings.global_size)
+        return MemoryViews(split.images, settings)
     paths = list_images(path)
     if not in_memory:
         return FolderViews(paths, settings)

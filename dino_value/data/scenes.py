@@ -1,8 +1,9 @@
 """The embedded data set: small ray-cast rooms with class ids, depth, a room type, and a printed code.
 
-The *code* is the shortcut: black-and-white cells, drawn anew for every image and printed several times on
-it, that tell images apart and say nothing of the scene. Plain DINO is tempted to read it; labels never
-mention it, so a task designer taught by labels has something to hide.
+The *code* is the shortcut: cells of saturated colour, drawn anew for every image and printed several times on it, that
+tell images apart and say nothing of the scene. The rooms themselves look much alike, so plain DINO is tempted to read
+it; labels never mention it, so a task designer taught by labels has something to hide. The split `clean` carries no
+code: what a model may have been pretrained on before it met such images.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _FURNISHING = np.array(
 )
 # Fully saturated: nothing in a room has such a colour.
 _INKS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=float)
-Split = Literal["unlabeled", "training", "validation", "tuning"]
+Split = Literal["unlabeled", "training", "validation", "tuning", "clean"]
 # `tuning` is for choosing settings: the numbers that are shown come from `validation`, which no choice has seen.
-_SPLIT_SEED = {"unlabeled": 0, "training": 1, "validation": 2, "tuning": 3}
-COUNTS = {"unlabeled": 2048, "training": 640, "validation": 384, "tuning": 384}
+_SPLIT_SEED = {"unlabeled": 0, "training": 1, "validation": 2, "tuning": 3, "clean": 4}
+COUNTS = {"unlabeled": 2048, "training": 640, "validation": 384, "tuning": 384, "clean": 2048}
 
 
 class Scenes(NamedTuple):
@@ -51,7 +52,8 @@ class Scenes(NamedTuple):
 def scenes(split: Split, size: int = 64, count: int | None = None) -> Scenes:
     """The scenes of one split; no scene, layout or code is shared between splits."""
     count = COUNTS[split] if count is None else count
-    rendered = [render(np.random.default_rng([_SPLIT_SEED[split], index]), size) for index in range(count)]
+    seed, printed = _SPLIT_SEED[split], split != "clean"
+    rendered = [render(np.random.default_rng([seed, index]), size, printed) for index in range(count)]
     images, classes, depth, room, code = (np.stack(part) for part in zip(*rendered, strict=True))
     return Scenes(
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
@@ -62,9 +64,13 @@ def scenes(split: Split, size: int = 64, count: int | None = None) -> Scenes:
     )
 
 
-def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
-    """One scene: image uint8 [s s 3], classes int64 [s s], depth float32 [s s] (metres along the optical axis),
-    room type, code mask bool [s s]."""
+def render(rng: np.random.Generator, size: int, printed: bool = True) -> tuple[np.ndarray, ...]:
+    """One scene, with its code if `printed`.
+
+    Returns:
+        Image uint8 [s s 3], classes int64 [s s], depth float32 [s s] (metres along the optical axis), room type, and
+        where the code is, bool [s s].
+    """
     room = int(rng.integers(len(ROOM_TYPES)))
     axis = (np.arange(size) + 0.5) / size * 2 - 1
     rays = np.stack(np.broadcast_arrays(axis[None, :], axis[:, None], np.ones((1, 1))), axis=-1) * [0.75, 0.75, 1.0]
@@ -76,7 +82,8 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
         -rng.uniform(1.1, 1.6),
         rng.uniform(4.0, 7.0),
     )
-    hues = rng.uniform(0.25, 0.85, size=(3, 3))
+    # Nearly the same in every room, so that only what stands in it, and the code, tell images apart.
+    hues = np.array([[0.42], [0.62], [0.78]]) + rng.uniform(-0.03, 0.03, size=(3, 3))
     for class_id, normal, offset, hue in (
         (0, (0, -1, 0), -floor, hues[0]),
         (2, (0, 1, 0), ceiling, hues[1]),
@@ -114,7 +121,7 @@ def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
 
     image = caster.shaded(light=np.array([rng.uniform(-1, 1), -1.0, rng.uniform(-1.0, 0.2)]))
     image += rng.normal(0, 0.015, size=image.shape)
-    code = _print_code(rng, image)
+    code = _print_code(rng, image) if printed else np.zeros((size, size), dtype=bool)
     return (
         (np.clip(image, 0, 1) * 255).astype(np.uint8),
         caster.classes,

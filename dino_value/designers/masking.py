@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from kornia.filters import gaussian_blur2d
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,9 +19,7 @@ def fill_in(views: Tensor, kind: str, blur_sigma: float, generator: torch.Genera
         ValueError: unknown kind.
     """
     if kind == "blur":
-        radius = int(3 * blur_sigma + 0.5)
-        radius = min(radius, min(views.shape[-2:]) - 1)  # reflection padding cannot exceed the image
-        return gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), (blur_sigma, blur_sigma))
+        return blur(views, blur_sigma)
     mean = views.mean((-2, -1), keepdim=True)
     if kind == "mean":
         return mean.expand_as(views)
@@ -29,6 +27,24 @@ def fill_in(views: Tensor, kind: str, blur_sigma: float, generator: torch.Genera
         noise = torch.randn(views.shape, generator=generator).to(views.device, views.dtype)
         return mean + views.std((-2, -1), keepdim=True) * noise
     raise ValueError(f"fill {kind!r}: choose blur, mean or noise")
+
+
+def blur(views: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur with reflection at the borders, [n 3 H W] -> the same.
+
+    As two matrix products: for a kernel as wide as hides a patch they are several times faster than a convolution.
+    """
+    rows, columns = (_blur_matrix(size, sigma, min(views.shape[-2:]), views) for size in views.shape[-2:])
+    return rows @ views @ columns.T
+
+
+def _blur_matrix(size: int, sigma: float, shorter: int, like: Tensor) -> Tensor:
+    """[out in]: row i holds what each pixel of a line gives to pixel i."""
+    radius = min(int(3 * sigma + 0.5), shorter - 1)  # reflection cannot reach beyond the image
+    offsets = torch.arange(-radius, radius + 1, device=like.device, dtype=like.dtype)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    padded = F.pad(torch.eye(size, device=like.device, dtype=like.dtype)[:, None], (radius, radius), mode="reflect")
+    return F.conv1d(padded, (kernel / kernel.sum())[None, None])[:, 0].T
 
 
 def learned_views(views: Tensor, masks: Tensor, fill: Tensor) -> Tensor:

@@ -99,11 +99,15 @@ def finite_difference(
     """
     _require_graph(hidden)
     epsilon = radius / norm(u).clamp_min(1e-20)
-    step = torch._foreach_mul(u, epsilon)
     base = list(parameters.values())
+
+    def gradient_at(distance: Tensor) -> list[Tensor | None]:
+        # One copy of θ_S at a time: the step along u is gone before the pass.
+        moved = torch._foreach_add(base, torch._foreach_mul(u, distance))
+        return _hidden_gradient(task, hidden, with_values(parameters, moved))
+
     with _explained():
-        ahead = _hidden_gradient(task, hidden, with_values(parameters, torch._foreach_add(base, step)))
-        behind = _hidden_gradient(task, hidden, with_values(parameters, torch._foreach_sub(base, step)))
+        ahead, behind = gradient_at(epsilon), gradient_at(-epsilon)
         outputs: list[Tensor] = []
         cotangents: list[Tensor | None] = []
         for state, plus, minus in zip(hidden, ahead, behind, strict=True):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from dino_value.designers import fill_in, learned_views, sparsity, total_variation
+from dino_value.designers.masking import blur
 
 FILLS = ("blur", "mean", "noise")
 
@@ -23,6 +25,14 @@ def test_a_fill_is_a_view(kind: str, size: tuple[int, int]) -> None:
     fill = fill_in(views, kind, 10.0, torch.Generator().manual_seed(0))
     assert fill.shape == views.shape
     assert bool(fill.isfinite().all())
+
+
+@pytest.mark.parametrize(("size", "sigma"), [((24, 24), 2.0), ((16, 40), 10.0), ((8, 8), 0.4)])
+def test_blur_is_the_librarys(size: tuple[int, int], sigma: float) -> None:
+    views = torch.rand(3, 3, *size, dtype=torch.float64)
+    radius = min(int(3 * sigma + 0.5), min(size) - 1)
+    expected = gaussian_blur2d(views, (2 * radius + 1, 2 * radius + 1), (sigma, sigma))
+    torch.testing.assert_close(blur(views, sigma), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_blur_keeps_the_mean_colour_and_removes_detail(views: Tensor) -> None:

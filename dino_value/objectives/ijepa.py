@@ -1,0 +1,288 @@
+"""I-JEPA: predict the features of hidden blocks from a visible one (Assran et al., 2023, arXiv 2301.08243).
+
+The target encoder, the moving average of the student's backbone, sees the whole image; the context encoder (the
+student) sees only the patches of a context block; a narrow predictor names the target encoder's features at the
+places of each target block. No prototypes, no centre, no class token is trained.
+
+It is a second objective behind what DINO offers too: `terms` and `mean` (`Objective`), and a trunk and a tail
+(`IJEPATask`, the contract of `dino_value.value`). B images, N patches, C of them context, M target blocks of m patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
+
+import torch
+import torch.nn.functional as F
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class Objective(Protocol):
+    """What the value core asks of a loss, beside a trunk and a tail: that it is linear in the weights of its terms."""
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One non-negative loss for each thing predicted, of any shape."""
+
+    def mean(self, terms: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The scalar loss; linear in `weights`, which have the terms' shape and are 1 where they are absent."""
+
+
+class Hidden(Protocol):
+    """A backbone's state between two blocks (`dino_value.backbones.Hidden`)."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def rope(self) -> Tensor | None: ...
+
+    def _replace(self, **changes: Any) -> Any: ...
+
+
+AnyHidden = TypeVar("AnyHidden", bound=Hidden)
+
+
+class Blocks(NamedTuple):
+    """Patch numbers, row by row: `context` int64 [B C], `targets` int64 [B M m]."""
+
+    context: Tensor
+    targets: Tensor
+
+    def to(self, device: torch.device | str) -> Blocks:
+        return Blocks(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def multi_block(
+    images: int,
+    grid: tuple[int, int],
+    generator: torch.Generator,
+    targets: int = 4,
+    target_scale: tuple[float, float] = (0.15, 0.2),
+    target_aspect: tuple[float, float] = (0.75, 1.5),
+    context_scale: tuple[float, float] = (0.85, 1.0),
+    least: int = 5,
+    tries: int = 20,
+) -> Blocks:
+    """Draw context and target blocks for a batch (section 3 and appendix A.1).
+
+    The batch shares the blocks' sizes, each image has its own places. The context is a square block without the
+    patches of the targets, cut to the batch's smallest (its last patches go) so that it is one tensor. Every place is
+    equally likely; the published code never reaches the last row and column, and ties the aspect to the scale.
+
+    Args:
+        grid: patches (h, w).
+        generator: on the CPU; the blocks follow from its state alone.
+        target_scale: area as a share of the grid, from … to.
+        target_aspect: height over width, from … to.
+        least: patches that a context must have; the targets move until it does.
+
+    Raises:
+        ValueError: no such context in `tries` draws.
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
+
+    def size(scale: tuple[float, float], aspect: tuple[float, float]) -> tuple[int, int]:
+        area, ratio = uniform(*scale) * grid[0] * grid[1], uniform(*aspect)
+        return _side(math.sqrt(area * ratio), grid[0]), _side(math.sqrt(area / ratio), grid[1])
+
+    def place(height: int, width: int) -> Tensor:
+        block = torch.zeros(grid, dtype=torch.bool)
+        top = int(uniform(0, grid[0] - height + 1))
+        left = int(uniform(0, grid[1] - width + 1))
+        block[top : top + height, left : left + width] = True
+        return block
+
+    target_size, context_size = size(target_scale, target_aspect), size(context_scale, (1.0, 1.0))
+    contexts: list[Tensor] = []
+    predicted: list[Tensor] = []
+    for _ in range(images):
+        for _ in range(tries):
+            blocks = torch.stack([place(*target_size) for _ in range(targets)])
+            context = place(*context_size) & ~blocks.any(0)
+            if int(context.sum()) >= least:
+                break
+        else:
+            raise ValueError(
+                f"I-JEPA: {targets} targets of {target_size[0]} × {target_size[1]} patches leave no context of {least} "
+                f"on a grid of {grid[0]} × {grid[1]}; use larger images, smaller patches, or fewer or smaller targets"
+            )
+        contexts.append(context.flatten().nonzero().flatten())
+        predicted.append(blocks.flatten(1).nonzero()[:, 1].view(targets, -1))
+    shortest = min(map(len, contexts))
+    return Blocks(torch.stack([context[:shortest] for context in contexts]), torch.stack(predicted))
+
+
+def _side(length: float, limit: int) -> int:
+    return min(max(round(length), 1), limit)
+
+
+def select(hidden: AnyHidden, patches: Tensor, prefix: int) -> AnyHidden:
+    """The state with only some patches: `patches` int64 [B C]; the first `prefix` tokens (class, registers) stay.
+
+    A rotary table follows its tokens and gains a batch dimension.
+    """
+    tokens = hidden.tokens
+    chosen = tokens[:, prefix:].gather(1, patches[..., None].expand(-1, -1, tokens.shape[-1]))
+    rope = hidden.rope
+    if rope is not None:
+        # [N r] to [B 1 C r]; with a table for each block and attention head, [L h N r] to [L B h C r].
+        rope = rope[..., patches, :]
+        rope = rope.unsqueeze(1) if rope.ndim == 3 else rope.transpose(1, 2)
+    return hidden._replace(tokens=torch.cat([tokens[:, :prefix], chosen], 1), rope=rope)
+
+
+class Predictor(nn.Module):
+    """A narrow ViT from the context's features to those of each target block (section 3, "Prediction").
+
+    Each block is predicted on its own, from the context and m tokens that hold nothing but their place.
+    """
+
+    def __init__(self, dim: int, width: int = 384, depth: int = 6, num_heads: int = 6) -> None:
+        super().__init__()
+        if width % 4 or width % num_heads:
+            raise ValueError(f"predictor width {width}: use a multiple of 4 and of its {num_heads} attention heads")
+        self.embed = nn.Linear(dim, width)
+        self.token = nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList(Block(width, num_heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.out = nn.Linear(width, dim)
+        nn.init.trunc_normal_(self.token, std=0.02)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        for index, block in enumerate(self.blocks, 1):  # the residual branches of deeper blocks start smaller
+            for name in ("attn.proj", "mlp.fc2"):
+                block.get_parameter(f"{name}.weight").data.div_(math.sqrt(2 * index))
+
+    def forward(self, context: Tensor, blocks: Blocks, grid: tuple[int, int]) -> Tensor:
+        """Context features [B C D] -> predictions [B M m D]."""
+        batch, count, size = blocks.targets.shape
+        width = self.token.shape[-1]
+        places = build_sincos2d_pos_embed(list(grid), width, interleave_sin_cos=True, device=context.device)
+        tokens = self.embed(context)
+        places = places.to(tokens.dtype)
+        tokens = (tokens + places[blocks.context]).repeat_interleave(count, 0)
+        asked = self.token.to(tokens.dtype) + places[blocks.targets].flatten(0, 1)
+        tokens = torch.cat([tokens, asked], 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.out(self.norm(tokens[:, -size:])).unflatten(0, (batch, count))
+
+
+class IJEPALoss(nn.Module):
+    """Smooth ℓ1 to the target encoder's normalised features; an `Objective` whose terms are target blocks.
+
+    The paper's ℓ2 distance is the published code's smooth ℓ1, which is what is taken here.
+    """
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def targets(self, patches: Tensor, blocks: Blocks) -> Tensor:
+        """Target encoder's normed patches [B N D] to [B M m D], each of mean 0 and variance 1 over D."""
+        patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+        images = torch.arange(len(patches), device=patches.device)[:, None, None]
+        return F.layer_norm(patches, patches.shape[-1:])[images, blocks.targets]
+
+    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Predictions and targets [B M m D] to one loss a block [B M]."""
+        with torch.autocast(outputs.device.type, enabled=False):
+            return F.smooth_l1_loss(outputs.to(targets.dtype), targets, reduction="none", beta=self.beta).mean((-2, -1))
+
+    def mean(self, terms: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss of terms [B M], each times its weight, if any."""
+        return (terms if weights is None else terms * weights).mean()
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.mean(self.terms(outputs, targets))
+
+
+class IJEPALearner(nn.Module):
+    """The student: a backbone (`dino_value.backbones.Backbone`) as context encoder, and a predictor as its head."""
+
+    def __init__(self, backbone: nn.Module, head: Predictor) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    @overload
+    def forward(self, state: Any, blocks: Blocks, start: int = 0, stop: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, state: Any, blocks: Blocks, start: int = 0, *, stop: int) -> Any: ...
+
+    def forward(self, state: Any, blocks: Blocks, start: int = 0, stop: int | None = None) -> Any:
+        """Images [B 3 H W] to predictions [B M m D].
+
+        Or, with `stop`, to the state of the context patches that enters that block; or onward from such a state.
+        """
+        if isinstance(state, Tensor):
+            state = select(self.backbone(state, stop=0), blocks.context, int(self.backbone.num_prefix_tokens))  # type: ignore[arg-type]
+        if stop is not None:
+            return self.backbone(state, start=start, stop=stop)
+        features = self.backbone(state, start=start)
+        return self.head(features.patches, blocks, features.grid)
+
+
+class IJEPATask:
+    """How I-JEPA's loss depends on φ and on θ_S (contract of `dino_value.value`), as `steps.SSLTask` says it of DINO.
+
+    A soft mask designer acts on the pixels of the context view: the trunk asks `views` for (context view, target
+    view), the first with φ's graph. So φ decides what can be seen of the patches that the drawn context block leaves,
+    and the target encoder sees the plain view, or the same one (`through_teacher`: with φ's graph).
+
+    The cut: only the context's C tokens enter the student, so the trunk is embedding, choice of patches and the blocks
+    before S; the tail is S, the predictor (constant, as DINO's head is) and the loss, pure in θ_S.
+
+    Args:
+        teacher: the target encoder, a backbone.
+        blocks: of this batch, drawn beforehand; constants.
+        start: of the scope of S over the backbone (`Scope.start`); None where the tail is the whole student.
+    """
+
+    def __init__(
+        self,
+        student: IJEPALearner,
+        teacher: nn.Module,
+        loss: IJEPALoss,
+        blocks: Blocks,
+        views: Callable[[], tuple[Tensor, Tensor]],
+        start: int | None,
+        through_teacher: bool = False,
+    ) -> None:
+        self.student, self.teacher, self.loss, self.blocks = student, teacher, loss, blocks
+        self.views, self.start, self.through_teacher = views, start, through_teacher
+        self.weights: Tensor | None = None
+        """Of the loss's terms [B M], constant; None: all 1."""
+        self._state: Any = None
+        self._student = {name: value.detach() for name, value in student.named_parameters()}
+        self._teacher = {name: value.detach() for name, value in teacher.named_parameters()}
+
+    def trunk(self) -> tuple[Tensor, Tensor]:
+        """(context tokens as they enter block `start`, or the context view; targets [B M m D])."""
+        context, whole = self.views()
+        with torch.set_grad_enabled(self.through_teacher and torch.is_grad_enabled()):
+            targets = self.loss.targets(functional_call(self.teacher, self._teacher, (whole,)).patches, self.blocks)
+        if self.start is None:
+            return context, targets
+        self._state = functional_call(self.student, self._student, (context, self.blocks), {"stop": self.start})
+        return self._state.tokens, targets
+
+    def tail(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
+        """The loss, pure in `parameters`, named as in the backbone."""
+        return self.loss.mean(self.terms(hidden, parameters), self.weights)
+
+    def terms(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
+        """One loss a target block [B M], pure in `parameters`: what value weights are made from."""
+        tokens, targets = hidden
+        state = tokens if self.start is None else self._state._replace(tokens=tokens)
+        weights = {**self._student, **{f"backbone.{name}": value for name, value in parameters.items()}}
+        return self.loss.terms(functional_call(self.student, weights, (state, self.blocks, self.start or 0)), targets)

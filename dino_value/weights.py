@@ -1,0 +1,382 @@
+"""Foreign weights: files as DINO, DINOv2, DINOv3, timm and transformers write them, under timm's names.
+
+A file is read without running anything it holds, its layout is recognised by its names, and timm's own filter does the
+renaming that timm knows. What timm lacks is here: the layouts of transformers, whole training checkpoints, and the
+position embeddings' interpolation as their authors do it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dino_value.errors import UserError
+
+
+class Positions(NamedTuple):
+    """How a table of position embeddings is brought to another grid: bicubic, as timm unless told otherwise.
+
+    `offset` is added to the wanted grid before the scale is taken (DINO and DINOv2: 0.1, against rounding), which moves
+    the sampling points a little; `antialias` as in `torch.nn.functional.interpolate`.
+    """
+
+    offset: float = 0.0
+    antialias: bool = True
+
+    def resample(self, table: Tensor, grid: tuple[int, int], prefix: int, old: tuple[int, int] | None = None) -> Tensor:
+        """A table [1 P+N D] of N = h·w positions after P prefix tokens to [1 P+N' D] on `grid`; `old` is (h, w)."""
+        side = math.isqrt(table.shape[1] - prefix)
+        old = old or (side, side)
+        if old == grid:
+            return table
+        image = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)
+        size: dict[str, Any] = {"size": grid}
+        if self.offset:
+            size = {"scale_factor": tuple((new + self.offset) / was for new, was in zip(grid, old, strict=True))}
+        image = F.interpolate(image, mode="bicubic", antialias=self.antialias, **size)
+        return torch.cat([table[:, :prefix], image.flatten(2).mT.to(table.dtype)], dim=1)
+
+
+TIMM = Positions()
+DINO = Positions(offset=0.1, antialias=False)
+PLAIN = Positions(antialias=False)  # transformers
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network of a file: tensors as its author or timm names them, and what its layout implies."""
+
+    tensors: dict[str, Tensor]
+    format: str
+    positions: Positions
+    ignored: list[str]  # left out by intent: heads, mask tokens, constants
+
+    @property
+    def width(self) -> int | None:
+        weight = self.tensors.get("patch_embed.proj.weight")
+        return None if weight is None else weight.shape[0]
+
+    @property
+    def depth(self) -> int:
+        blocks = [re.match(r"blocks\.(\d+)\.", name) for name in self.tensors]
+        return 1 + max((int(found[1]) for found in blocks if found), default=-1)
+
+    @property
+    def registers(self) -> int:
+        return next((self.tensors[n].shape[1] for n in _REGISTERS if n in self.tensors), 0)
+
+    def biases(self) -> list[str]:
+        """Names of DINOv3's query, key and value biases that do something; the key's never does."""
+        if self.format.startswith("DINOv3"):
+            names = [name for name in self.tensors if name.endswith("attn.qkv.bias")]
+            return [name for name in names if any(part.any() for part in self.tensors[name].chunk(3)[::2])]
+        return []
+
+
+_REGISTERS = ("register_tokens", "storage_tokens", "reg_token")
+
+
+# Reading
+
+
+def read_pickle(path: str | os.PathLike[str]) -> Any:
+    """What a .pth file holds, weights-only: tensors, containers, and the argparse.Namespace of main_dino.py.
+
+    Of a Namespace the unpickler sets attributes and nothing else: no code of the file's choosing can run.
+
+    Raises:
+        UserError: unreadable, or holding an object of any other class.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path}: not a readable weights file: {_first_line(error)}") from None
+    except Exception as error:  # pickle.UnpicklingError: an object that weights-only loading refuses
+        raise UserError(f"{path}: refused by weights-only loading: {_first_line(error)}") from None
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, str] | None:
+    """The metadata of a .safetensors file; None of any other.
+
+    Raises:
+        UserError: the file is not readable.
+    """
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable weights file: {_first_line(error)}") from None
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of the network in a .safetensors or .pth file: the teacher, where a file holds two.
+
+    Raises:
+        UserError: the file is absent, unreadable, or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file")
+    if path.suffix == ".safetensors":
+        read_header(path)  # says what is wrong with a damaged one
+        content: Any = load_file(path)
+    else:
+        content = read_pickle(path)
+    tensors = network(content)
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors")
+    return tensors
+
+
+def network(content: Any) -> dict[str, Tensor]:
+    """The network in a checkpoint's content, without the wrappings of DDP, FSDP and torch.compile."""
+    outer = next((key for key in _OUTER if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
+    if outer is not None:
+        return network(content[outer])
+    if not isinstance(content, dict):
+        return {}
+    tensors = {_WRAPPING.sub("", str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
+    for part in ("teacher.", "student."):  # DINOv2 and DINOv3 train with both in one module
+        chosen = {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
+        if chosen:
+            return chosen
+    return tensors
+
+
+_OUTER = ("teacher", "student", "state_dict", "model")
+_WRAPPING = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# Recognising
+
+
+def recognise(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> Weights:
+    """Whose layout these names are; transformers' are changed into those of the code it follows.
+
+    DINO's backbone and timm's ViT have the same names. A pickle (`header` None) without a classifier is then taken for
+    DINO's, as its backbone-only files are; they differ in how positions are interpolated.
+    """
+    whole = any(name.startswith("backbone.") for name in tensors)
+    body = {
+        _PREFIX.sub("", name.removeprefix("backbone.")): value
+        for name, value in tensors.items()
+        if name.startswith("backbone.") or not whole
+    }
+    ignored = [name for name in tensors if whole and not name.startswith("backbone.")]
+    library = ""
+    if "embeddings.cls_token" in body:
+        body, library = _from_transformers(body), " (transformers)"
+    # FSDP's chunks of blocks, blocks.CHUNK.INDEX., carry the running index.
+    body = {re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name): value for name, value in body.items()}
+    ignored += [name for name in body if _IGNORED.search(name)]
+    # timm's filter knows DINOv2 by its mask token.
+    body = {name: value for name, value in body.items() if name == "mask_token" or not _IGNORED.search(name)}
+    scaled = any(name.endswith("ls1.gamma") for name in body)
+    if "storage_tokens" in body:
+        kind, positions = "DINOv3", TIMM
+    elif "register_tokens" in body:  # its published models ask for offset 0 and antialias
+        kind, positions = "DINOv2 with registers", TIMM
+    elif "mask_token" in body and scaled:
+        kind, positions = "DINOv2", PLAIN if library else DINO
+    elif library:
+        kind, positions = "ViT", PLAIN
+    elif whole or (header is None and "head.weight" not in body and not scaled and "reg_token" not in body):
+        kind, positions = "DINO", DINO
+    else:
+        kind, positions = "timm", TIMM
+    if header and "positions" in header:  # our own
+        positions = Positions(*json.loads(header["positions"]))
+    return Weights(body, kind + library, positions, ignored)
+
+
+_PREFIX = re.compile(r"^(model|vit|dinov2|dinov2_with_registers|dinov3_vit)\.")
+# Used in pretraining alone, or constants that the model computes for itself.
+_IGNORED = re.compile(
+    r"^mask_token$|^rope_embed\.|\.bias_mask$|^local_cls_norm\.|^pooler\.|^(dino|ibot)_head\.|^head\.mlp"
+)
+
+
+def _from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ViTModel, Dinov2Model, Dinov2WithRegistersModel and DINOv3ViTModel, of transformers 4 and 5, to Meta's names."""
+    v3 = "embeddings.position_embeddings" not in tensors
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        for pattern, new in _TRANSFORMERS:
+            name = re.sub(pattern, new, name)
+        found[name.replace("register_tokens", "storage_tokens") if v3 else name] = value
+    gated = [name for name in found if name.endswith("mlp.gate.weight")]
+    for name in sorted(found):
+        if ".mlp.gate." in name:
+            up = name.replace("gate", "up")
+            if v3:
+                found[name.replace("gate", "w1")], found[name.replace("gate", "w2")] = found.pop(name), found.pop(up)
+            else:
+                found[name.replace("gate", "w12")] = torch.cat([found.pop(name), found.pop(up)])
+    for old, new in (("mlp.up.", "mlp.fc1."), ("mlp.down.", "mlp.w3." if gated else "mlp.fc2.")):
+        found = {name.replace(old, new): value for name, value in found.items()}
+    for name in [name for name in found if name.endswith("attn.q.weight")]:
+        stem = name.removesuffix("q.weight")
+        found[f"{stem}qkv.weight"] = torch.cat([found.pop(f"{stem}{part}.weight") for part in "qkv"])
+        biases = [found.pop(f"{stem}{part}.bias", None) for part in "qkv"]
+        known = next((bias for bias in biases if bias is not None), None)
+        if known is not None:
+            filled = [torch.zeros_like(known) if bias is None else bias for bias in biases]
+            found[f"{stem}qkv.bias"] = torch.cat(filled)
+    return found
+
+
+_TRANSFORMERS = (
+    (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.mlp\.(gate|up|down)_proj\.", r".mlp.\1."),
+)
+
+
+# To timm
+
+
+def to_timm(weights: Weights, model: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under the names of `model`, a timm ViT, at its patch and grid; and what was resampled, in words."""
+    tensors, notes = dict(weights.tensors), []
+    if weights.format.startswith("DINOv2"):
+        tensors.setdefault("mask_token", torch.zeros(1))
+    if weights.format.startswith("DINOv3") and getattr(model.blocks[0].attn, "q_bias", None) is None:
+        tensors = {name: value for name, value in tensors.items() if not name.endswith("attn.qkv.bias")}
+    patch, wanted = tensors.get("patch_embed.proj.weight"), model.patch_embed.proj.weight
+    if patch is not None and patch.ndim == 4 and patch.shape[2:] != wanted.shape[2:]:
+        notes.append(f"patch embedding resampled from {patch.shape[-1]} to {wanted.shape[-1]} pixels")
+    grid, side = tuple(model.patch_embed.grid_size), table_side(weights, model)
+    if side is not None and model.pos_embed is not None and (side, side) != grid:
+        notes.append(f"position embedding resampled from {side}×{side} to {grid[0]}×{grid[1]}")
+        tensors["pos_embed"] = weights.positions.resample(tensors["pos_embed"], grid, _prefix(weights, model))
+    module = importlib.import_module(type(model).__module__)
+    # The filter may assume a layout that this file does not have; then the plain names are compared.
+    with contextlib.suppress(KeyError, RuntimeError, AssertionError, ValueError, AttributeError):
+        tensors = module.checkpoint_filter_fn(dict(tensors), model)
+    return tensors, notes
+
+
+def table_side(weights: Weights, model: Any) -> int | None:
+    """Positions along one side of the file's square table, if it has one."""
+    table = weights.tensors.get("pos_embed")
+    if table is None or table.ndim != 3:
+        return None
+    count = table.shape[1] - _prefix(weights, model)
+    side = math.isqrt(max(count, 0))
+    return side if side and side * side == count else None
+
+
+def _prefix(weights: Weights, model: Any) -> int:
+    """Rows of the table before the patches': the class token's in all layouts but timm's, which has variants."""
+    if not weights.format.startswith("timm"):
+        return 1
+    return 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
+
+
+def misfits(weights: Weights, model: Any, name: str) -> list[str]:
+    """How the file's architecture differs from the model's, each with what to change; the width comes first."""
+    found = []
+    if weights.width not in (None, model.embed_dim):
+        found.append(f"the file is {weights.width} wide, the model {model.embed_dim}: {_of_width(name, weights.width)}")
+    if weights.depth != len(model.blocks):
+        found.append(f"the file has {weights.depth} blocks, the model {len(model.blocks)}: set the depth to match")
+    registers = 0 if getattr(model, "reg_token", None) is None else model.reg_token.shape[1]
+    if weights.registers != registers:
+        fix = "name a reg4 model" if weights.registers else "name a model without reg4"
+        found.append(f"the file has {weights.registers} registers, the model {registers}: {fix}")
+    if weights.biases() and getattr(model.blocks[0].attn, "q_bias", None) is None:
+        other = _known(f"{name.split('.')[0]}_qkvb") or "a model named …_dinov3_qkvb"
+        found.append(f"the file has query and value biases, which {name} would drop: use {other}")
+    return found
+
+
+def _of_width(name: str, width: int | None) -> str:
+    size = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 1536: "giant", 4096: "7b"}.get(
+        width or 0
+    )
+    other = size and _known(re.sub(r"^vit_[a-z0-9]+(?=_)", f"vit_{size}", name))
+    return f"use {other}" if other else f"use a model of width {width} (backbone.kwargs.embed_dim={width})"
+
+
+def _known(name: str) -> str | None:
+    import timm
+
+    return name if timm.is_model(name) else None
+
+
+# DINO's head and centre
+
+
+def head_from(content: Any) -> dict[str, Tensor]:
+    """The projection head of a DINO or DINOv2 checkpoint (`read_pickle`), under the names of our DINOHead.
+
+    Theirs keeps the last layer as gain and direction (weight norm). With the gain at one, as published, ours is the
+    same function of the same directions. Running statistics of batch norm are left out: ours uses the batch's.
+
+    Raises:
+        UserError: it has no head, or one whose gain was trained (norm_last_layer=False).
+    """
+    tensors = network(content)
+    head: dict[str, Tensor] = {}
+    for prefix in ("head.", "dino_head."):
+        head = head or {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
+    for gain, direction in (
+        ("weight_g", "weight_v"),
+        ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+    ):
+        if f"last_layer.{direction}" in head:
+            head["last_layer.weight"] = head.pop(f"last_layer.{direction}")
+            scale = head.pop(f"last_layer.{gain}")
+            if not torch.allclose(scale, torch.ones_like(scale)):
+                raise UserError(
+                    "the checkpoint's head has a trained gain in its last layer (norm_last_layer=False), and ours is "
+                    "normalised: start with a fresh head"
+                )
+    head = {n: v for n, v in head.items() if n.startswith(("mlp.", "last_layer.")) and not _RUNNING.search(n)}
+    if "last_layer.weight" not in head:
+        raise UserError("no DINO head (head.mlp…, head.last_layer) in the checkpoint: start with a fresh head")
+    return head
+
+
+_RUNNING = re.compile(r"running_(mean|var)$|num_batches_tracked$")
+
+
+def center_from(content: Any) -> Tensor | None:
+    """The centre [1 K] of the teacher's logits in DINO's checkpoint.pth, if it is there."""
+    loss = content.get("dino_loss") if isinstance(content, dict) else None
+    found = loss.get("center") if isinstance(loss, dict) else None
+    return found if isinstance(found, Tensor) else None

@@ -1,0 +1,744 @@
+"""What steering costs, in time and memory: `python eval/overhead.py [--json FILE]`.
+
+A plain learner step, a value update with each engine and its parts, the designers inside the learner's step, the whole
+run's throughput at r = 1 … 16, and the engines on a small causal language model. Every case runs in this process and
+they take turns, so that whatever else the machine does falls on all of them: ratios are taken within a round. The
+learner, its data and its settings are a training run's, with the paper's ADE20K configuration where no option or
+`key=value` says otherwise; only the weights are random and the labels noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import gc
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dino_value.arguments import Parser
+from dino_value.config import Config, load_config
+from dino_value.data.scenes import scenes
+from dino_value.designers import sparsity, total_variation
+from dino_value.errors import EXIT_DONE, UserError
+from dino_value.eval import common
+from dino_value.feedback import downstream_gradient
+from dino_value.process import use_bfloat16
+from dino_value.steer import Steer
+from dino_value.steps import SSLTask, make_views, student_states, teacher_targets
+from dino_value.train import Run
+from dino_value.value import (
+    DIRECTIONS,
+    ENGINES,
+    Engine,
+    Gradient,
+    Scope,
+    Task,
+    last_blocks,
+    pre_gradient,
+    value_step,
+)
+
+PERIODS = (1, 2, 4, 8, 16)
+STRIDES = (1, 4)
+CLASSES = 150  # of ADE20K: the head's loss at full resolution is a part of the cost
+_WORK = "measured work"
+DIFFERENCE, REFERENCE = "finite_difference", "double_backward"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to measure: `prepare` does the set-up and returns the work that counts."""
+
+    name: str
+    prepare: Callable[[], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the ratio of two cases should stay below, where there is an aim at all."""
+
+    case: str
+    reference: str
+    time: float | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Most bytes alive at once beyond those at the start: of tensors, and (on Linux) of the process."""
+
+    tensors: int
+    resident: int | None
+
+
+# --- measuring
+
+
+def take_turns(cases: Sequence[Case], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each case in each round, after one that does not count; every other round goes backwards."""
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for number in range(rounds + 1):
+        for case in cases if number % 2 else reversed(cases):
+            taken = timed(case.prepare(), device)
+            if number:
+                seconds[case.name].append(taken)
+    return seconds
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work`, what it queued on the device included."""
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(case: Case, device: torch.device) -> Memory:
+    """On CUDA by the allocator's own peak. On the CPU from the profiler's record of every allocation, which is exact
+    for tensors; and as a second opinion the process's high-water mark, which also holds scratch space of the kernels,
+    and what the C library keeps of freed blocks."""
+    gc.collect()
+    if device.type != "cuda":
+        return Memory(peak_tensors(case), peak_resident(case.prepare()))
+    work = case.prepare()
+    _wait(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    _wait(device)
+    return Memory(torch.cuda.max_memory_allocated(device) - before, None)
+
+
+def peak_tensors(case: Case) -> int:
+    """How far the bytes of CPU tensors rise above those alive when the work starts."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports its start and stop on stderr
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
+        work = case.prepare()  # recorded too: the work may free what was made here
+        with torch.profiler.record_function(_WORK):
+            work()
+    kineto: Any = recorded.profiler
+    nodes, changes, start = list(kineto.kineto_results.experimental_event_tree()), [], 0
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.name == _WORK:
+            start = node.start_time_ns
+        elif node.name == "[memory]":
+            changes.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    sizes: dict[int, int] = {}
+    now = before = peak = 0
+    for at, address, size in sorted(changes, key=lambda change: change[0]):
+        if size > 0:
+            sizes[address] = size
+            now += size
+        else:
+            now -= sizes.pop(address, 0)
+        before, peak = (now, now) if at < start else (before, max(peak, now))
+    return peak - before
+
+
+def peak_resident(work: Callable[[], object]) -> int | None:
+    """How far `work` raises the process's resident memory, from Linux's resettable high-water mark."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        work()
+        return _status("VmHWM") - before
+    except (OSError, AttributeError, KeyError):
+        work()
+        return None
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "low", "high"), values[0])
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
+
+
+# --- engines, of any task
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task and what its engines are given. `around` is the context that all of it runs in."""
+
+    task: Task
+    parameters: dict[str, Tensor]
+    u: Gradient
+    phi: list[Tensor]
+    penalty: Callable[[], Tensor | None]
+    around: Callable[[], contextlib.AbstractContextManager[object]]
+
+
+def engine_cases(problem: Problem, named: Mapping[str, Engine], prefix: str = "") -> list[Case]:
+    """For each engine the value step (trunk, g_pre, engine), what comes after the trunk and g_pre (the tail, and one
+    backward pass through trunk and designer), and the tail alone."""
+    p = problem
+    with p.around():
+        kept = [(state.detach(), state.requires_grad) for state in p.task.trunk()]
+        g_pre = pre_gradient(p.task, tuple(state for state, _ in kept), p.parameters)
+
+    def fresh() -> None:
+        for tensor in p.phi:
+            tensor.grad = None
+
+    def step(engine: Engine) -> Callable[[], object]:
+        fresh()
+
+        def work() -> None:
+            with p.around():
+                hidden = p.task.trunk()
+                value_step(p.task, p.parameters, p.u, DIRECTIONS["dot"], engine, p.phi, p.penalty(), hidden)
+
+        return work
+
+    def after_trunk(engine: Engine) -> Callable[[], object]:
+        fresh()
+        with p.around():
+            hidden = [p.task.trunk()]  # a list, so that the engine's call is the last to hold the graph
+            penalty = p.penalty()
+
+        def work() -> None:
+            with p.around():
+                engine(p.task, hidden.pop(), p.parameters, p.u, p.phi, penalty, g_pre)
+
+        return work
+
+    def tail(engine: Engine) -> Callable[[], object]:
+        hidden = tuple(state.clone().requires_grad_(wanted) for state, wanted in kept)
+        leaves = [state for state in hidden if state.requires_grad]
+
+        def work() -> None:
+            with p.around():
+                engine(p.task, hidden, p.parameters, p.u, leaves, None, g_pre)
+
+        return work
+
+    kinds = {"value step": step, "engine": after_trunk, "tail": tail}
+    return [
+        Case(f"{prefix}{kind}, {name}", functools.partial(prepare, engine))
+        for kind, prepare in kinds.items()
+        for name, engine in named.items()
+    ]
+
+
+# --- vision
+
+
+def write_data(folder: Path, size: int, count: int) -> None:
+    """`count` scenes of `size` pixels as the unlabeled folder, and as ADE20K's layout with noise of its 150 classes."""
+    images = folder / "ade" / "images" / "training"
+    annotations = folder / "ade" / "annotations" / "training"
+    for path in (folder / "unlabeled", images, annotations):
+        path.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index, image in enumerate(scenes("unlabeled", size, count).images):
+        for path in (folder / "unlabeled", images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{index}.png")
+        cells = rng.integers(0, CLASSES + 1, (8, 8), dtype=np.uint8)
+        Image.fromarray(cells).resize((size, size), Image.Resampling.NEAREST).save(annotations / f"{index}.png")
+    names = "".join(f"{index}\tclass {index}\n" for index in range(1, CLASSES + 1))
+    (folder / "ade" / "objectInfo150.txt").write_text("Idx\tName\n" + names)
+
+
+def configure(options: argparse.Namespace, folder: Path, *more: str) -> Config:
+    """The paper's configuration for ADE20K on ViT-B, with the options' learner and batch sizes.
+
+    Raises:
+        UserError: an override that the configuration refuses.
+    """
+    meta = options.meta_batch
+    pools = [f"feedback.{task}.{part}={2 * meta}" for task in ("seg", "depth") for part in ("train", "meta")]
+    settings = [
+        f"out={folder / 'run'}",
+        f"device={options.device}",
+        f"precision={options.precision}",
+        "steps=1000000",
+        f"data.unlabeled={folder / 'unlabeled'}",
+        f"data.ade20k={folder / 'ade'}",
+        "data.nyuv2=scenes",
+        "data.in_memory=true",  # no loader process beside what is timed
+        f"backbone.name={options.model}",
+        f"views.global_size={options.image_size}",
+        f"views.local_size={max(16, round(options.image_size * 96 / 224 / 16) * 16)}",
+        f"feedback.size={options.image_size}",
+        f"optim.batch_size={options.batch}",
+        f"value.batch_size={meta}",
+        f"value.scope.blocks={options.blocks}",
+        f"value.period={10**9}",  # updates when a case asks for one
+        f"feedback.batch_size={meta}",
+        "feedback.warmup=0",
+        f"designer.stride={options.stride}",
+        *pools,
+        *(TINY_OVERRIDES if options.tiny else ()),
+    ]
+    return load_config("paper/ade20k_vitb", [*settings, *options.overrides, *more])
+
+
+TINY_OVERRIDES = (
+    "backbone.kwargs={patch_size: 8, embed_dim: 24, depth: 3, num_heads: 3}",
+    "views.local_count=2",
+    "feedback.depth.weight=0",
+    "objective.out_dim=16",
+    "objective.hidden_dim=16",
+    "objective.bottleneck_dim=8",
+    "value.tolerance=1",
+)
+
+
+class Vision:
+    """A plain run and a steered one, both past their first step, and the parts of a step that are measured alone."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        open_run = functools.partial(configure, options, folder)
+        self.plain, self.steered = Run(open_run("method=baseline")), Run(open_run())
+        self.batch = self.plain.stream.batch(0)
+        for run in (self.plain, self.steered):
+            run.learner_update(*self.batch)  # AdamW makes its state; φ has its first update, the engine is checked
+        self.device, self.temperature = self.plain.device, self.plain.teacher_temperature()
+        strides = {options.stride: self.steered}
+        strides |= {stride: Run(open_run(f"designer.stride={stride}")) for stride in STRIDES if stride not in strides}
+        self.steer = self._steer(self.steered)
+        self.views = make_views(
+            self.steered.student.backbone,
+            self.batch,
+            self.plain.config.views,
+            self.device,
+            0,
+            "learner",
+            0,
+        )
+        self.designers = {stride: self._steer(run) for stride, run in sorted(strides.items())}
+        self.weighted = Run(open_run("designer=weights"))
+
+    @staticmethod
+    def _steer(run: Run) -> Steer:
+        assert run.steer is not None
+        return run.steer
+
+    def cases(self) -> list[Case]:
+        return [
+            Case("learner step", self._step),
+            *(
+                Case(f"designed views, stride {stride}", lambda steer=steer: lambda: self._design(steer))  # type: ignore[misc]
+                for stride, steer in self.designers.items()
+            ),
+            Case("value weights", self._weights()),
+            *(Case(f"value update, {name}", functools.partial(self._update, name)) for name in (DIFFERENCE, REFERENCE)),
+            *engine_cases(self._problem(), {name: ENGINES[name] for name in (DIFFERENCE, REFERENCE)}),
+        ]
+
+    def targets(self) -> list[Target]:
+        parts = ("value update", "value step", "engine", "tail")
+        return [
+            *(Target(f"{part}, {DIFFERENCE}", f"{part}, {REFERENCE}", 0.65, 0.5) for part in parts),
+            *(Target(f"value update, {name}", "learner step") for name in (DIFFERENCE, REFERENCE)),
+            *(Target(f"designed views, stride {stride}", "learner step", 0.03) for stride in self.designers),
+            Target("value weights", "learner step", 0.10),
+        ]
+
+    def cycle(self, period: int) -> float:
+        """The steered run's throughput over `period` steps, one of them with an update, as a share of the plain
+        run's: the two take turns step by step."""
+        self.steered.config.value.period = period
+        seconds = dict.fromkeys((self.plain, self.steered), 0.0)
+        for number in range(period):
+            for run in list(seconds) if number % 2 else reversed(list(seconds)):
+                seconds[run] += timed(lambda run=run: run.learner_update(*self.batch), self.device)  # type: ignore[misc]
+        return seconds[self.plain] / seconds[self.steered]
+
+    def _step(self) -> Callable[[], object]:
+        self.plain.optimizer.zero_grad()  # so that the gradients count as the step's
+        return lambda: self.plain.learner_update(*self.batch)
+
+    def _design(self, steer: Steer) -> None:
+        with self.steered.autocast():
+            steer.learned_views(self.views, 1)
+
+    def _weights(self) -> Callable[[], Callable[[], object]]:
+        """What `designer=weights` adds to a learner step: from hidden states and targets that the step has made."""
+        run, steer = self.weighted, self._steer(self.weighted)
+        with run.autocast():
+            steer.update(0, self.temperature)
+            with torch.no_grad():
+                targets, _ = teacher_targets(run.teacher, self.views.large, run.loss, self.temperature)
+        with run.autocast(), torch.no_grad():
+            states = student_states(run.student, self.views, steer.scope.start)
+
+        def work() -> None:
+            with run.autocast():
+                steer.term_weights(states, targets)
+
+        return lambda: work
+
+    def _update(self, name: str) -> Callable[[], object]:
+        """All of an update: heads, g_down, the value step, φ's optimizer."""
+        self.steer.engine_name = name
+
+        def work() -> None:
+            with self.steered.autocast():
+                self.steer.update(0, self.temperature)
+
+        return work
+
+    def _problem(self) -> Problem:
+        run, steer, config = self.steered, self.steer, self.steered.config
+        backbone, d = run.student.backbone, config.designer
+        assert steer.designer is not None
+        views = make_views(backbone, steer.meta.next(), config.views, self.device, 0, "meta", 0)
+        with self._evaluating():
+            g_down, _ = downstream_gradient(steer.feedback[0], backbone, steer.scope, self.device)
+        task = SSLTask(
+            run.student, run.teacher, run.loss, self.temperature, steer.designer, views, d, steer.scope, config.seed
+        )
+
+        def penalty() -> Tensor:
+            assert task.masks is not None
+            return d.lambda_spars * sparsity(task.masks, d.keep_ratio) + d.lambda_tv * total_variation(task.masks)
+
+        phi: list[Tensor] = list(steer.designer.parameters())
+        return Problem(task, steer.scope.parameters(backbone), g_down, phi, penalty, self._evaluating)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """As in `Steer.update`."""
+        self.steered.student.eval()
+        with self.steered.autocast():
+            yield
+        self.steered.student.train()
+
+
+def throughput(seconds: Mapping[str, list[float]], stride: int) -> dict[int, list[float]]:
+    """Lost throughput at each r, one value a round: designer and update are added to the plain step of their round."""
+    rows = zip(
+        seconds["learner step"],
+        seconds[f"designed views, stride {stride}"],
+        seconds[f"value update, {DIFFERENCE}"],
+        strict=True,
+    )
+    parts = list(rows)
+    return {r: [1 - plain / (plain + views + update / r) for plain, views, update in parts] for r in PERIODS}
+
+
+# --- language
+
+
+class Decoder(nn.Module):
+    """A Hugging Face decoder that can be cut between two layers, as the vision backbone can."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Token ids [B T] or hidden states [B T D] to hidden states, or without `stop` to logits [B T vocabulary]."""
+        inner = self.model.model
+        state = x if x.is_floating_point() else inner.embed_tokens(x)
+        places = torch.arange(state.shape[1], device=state.device)[None]
+        rotary = inner.rotary_emb(state, places)
+        for layer in inner.layers[start:stop]:
+            found = layer(state, attention_mask=None, position_ids=places, position_embeddings=rotary)
+            state = found[0] if isinstance(found, tuple) else found
+        return state if stop is not None else self.model.lm_head(inner.norm(state))
+
+
+class SoftTargets(nn.Module):
+    """A small designer: ids [B T] and candidates [B T K], the truth first, to a target q [B T K] (method section 4)."""
+
+    def __init__(self, vocabulary: int, dim: int = 64, most: float = 0.5) -> None:
+        super().__init__()
+        self.embed, self.most = nn.Embedding(vocabulary, dim), most
+        self.mix = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, dim + 1))
+
+    def forward(self, tokens: Tensor, candidates: Tensor) -> Tensor:
+        known = self.embed(candidates)
+        read, gate = self.mix(torch.cat([self.embed(tokens), known[..., 0, :]], -1)).split([known.shape[-1], 1], -1)
+        share = self.most * gate.sigmoid()
+        scores = torch.softmax((known * read[..., None, :]).sum(-1), -1)
+        truth = torch.zeros_like(scores)
+        truth[..., 0] = 1
+        return (1 - share) * truth + share * scores
+
+
+class LanguageTask:
+    """Soft-target cross-entropy on K candidates; a `LinearTask` with hidden[0] = q."""
+
+    def __init__(self, learner: Decoder, designer: SoftTargets, scope: Scope, tokens: Tensor, count: int) -> None:
+        self.learner, self.designer, self.scope, self.tokens = learner, designer, scope, tokens[:, :-1]
+        truth = tokens[:, 1:, None]
+        with torch.no_grad():  # the learner's own best guesses beside the truth
+            guesses = learner(self.tokens).scatter(-1, truth, -torch.inf).topk(count - 1, -1).indices
+        self.candidates = torch.cat([truth, guesses], -1)
+        self._constants = {name: value.detach() for name, value in learner.named_parameters()}
+
+    def trunk(self) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            state = self.learner(self.tokens, stop=self.scope.start)
+        return self.designer(self.tokens, self.candidates), state
+
+    def terms(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
+        start = {"start": self.scope.start}
+        logits = functional_call(self.learner, {**self._constants, **parameters}, (hidden[1],), start)
+        chosen = logits.gather(-1, self.candidates)
+        return (logits.logsumexp(-1, keepdim=True) - chosen) / self.tokens.numel()
+
+    def tail(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
+        return (hidden[0] * self.terms(hidden, parameters)).sum()
+
+
+def language_problem(options: argparse.Namespace, device: torch.device) -> Problem:
+    """A randomly initialised Llama of 25 million weights and 8 layers.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, layers, words, length, candidates = (32, 3, 64, 8, 4) if options.tiny else (512, 8, 8192, 256, 64)
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16 if options.tiny else width // 64,
+    )
+    learner = Decoder(LlamaForCausalLM(settings)).to(device).eval()
+    scope = last_blocks(learner, min(options.blocks, layers))
+    designer = SoftTargets(words).to(device)
+    pretraining, feedback = torch.randint(words, (2, 2, length + 1), device=device)
+    task = LanguageTask(learner, designer, scope, pretraining, candidates)
+    parameters = scope.parameters(learner)
+    labelled = LanguageTask(learner, designer, scope, feedback, 2)
+    state = labelled.trunk()[1]
+    truth = torch.tensor([1.0, 0.0], device=device).expand(*labelled.tokens.shape, 2)
+    g_down = pre_gradient(labelled, (truth, state), parameters)
+    phi: list[Tensor] = list(designer.parameters())
+    return Problem(task, parameters, g_down, phi, lambda: None, contextlib.nullcontext)
+
+
+def language_cases(options: argparse.Namespace, device: torch.device) -> tuple[list[Case], list[Target]]:
+    """Every engine, and its ratio to the reference."""
+    cases = engine_cases(language_problem(options, device), ENGINES, "language ")
+    targets = [
+        Target(f"language {part}, {name}", f"language {part}, {REFERENCE}")
+        for part in ("value step", "engine", "tail")
+        for name in ENGINES
+        if name != REFERENCE
+    ]
+    return cases, targets
+
+
+# --- the report
+
+
+def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """By case: `seconds` of each round with their median and quartiles, and peak memory in bytes."""
+    seconds = take_turns(cases, repeats, device)
+    rows: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        memory = peak_memory(case, device)
+        rows[case.name] = {
+            "seconds": seconds[case.name],
+            **spread(seconds[case.name]),
+            "peak_bytes": memory.tensors,
+            "peak_resident_bytes": memory.resident,
+        }
+    return rows
+
+
+def compare(rows: Mapping[str, Mapping[str, Any]], targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Ratios of time, within rounds, and of peak memory, with their targets."""
+    found = []
+    for target in targets:
+        case, reference = rows[target.case], rows[target.reference]
+        ratios = [a / b for a, b in zip(case["seconds"], reference["seconds"], strict=True)]
+        resident = case["peak_resident_bytes"], reference["peak_resident_bytes"]
+        found.append(
+            {
+                "case": target.case,
+                "reference": target.reference,
+                "time": spread(ratios),
+                "time_target": target.time,
+                "memory": case["peak_bytes"] / max(1, reference["peak_bytes"]),
+                "memory_resident": resident[0] / max(1, resident[1]) if None not in resident else None,
+                "memory_target": target.memory,
+            }
+        )
+    return found
+
+
+def report(rows: Mapping[str, Mapping[str, Any]], ratios: Sequence[Mapping[str, Any]], losses: Any) -> None:
+    """The tables."""
+    console = Console(width=120) if not sys.stdout.isatty() else Console()
+
+    def within(value: Mapping[str, float], digits: int = 3) -> str:
+        return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} – {value['high']:.{digits}f})"
+
+    def against(value: float, target: float | None) -> str:
+        return "" if target is None else f"≤ {target:g}: " + ("yes" if value <= target else "no")
+
+    table = Table("case", "seconds: median (quartiles)", "peak tensors, MiB", "peak resident, MiB")
+    for name, row in rows.items():
+        resident = row["peak_resident_bytes"]
+        shown = "–" if resident is None else f"{resident / 2**20:.0f}"
+        table.add_row(name, within(row), f"{row['peak_bytes'] / 2**20:.0f}", shown)
+    console.print(table)
+
+    table = Table("case", "against", "time", "reached", "memory", "reached")
+    for row in ratios:
+        time_, memory = row["time"], row["memory"]
+        table.add_row(
+            row["case"],
+            row["reference"],
+            within(time_),
+            against(time_["median"], row["time_target"]),
+            f"{memory:.2f}",
+            against(memory, row["memory_target"]),
+        )
+    console.print(table)
+
+    table = Table("r", "throughput lost, %: from the parts", "from whole cycles", "reached")
+    for period, row in losses.items():
+        percent = {key: 100 * value for key, value in row["parts"].items()}
+        whole = within({k: 100 * v for k, v in row["cycles"].items()}, 1) if row["cycles"] else "–"
+        table.add_row(str(period), within(percent, 1), whole, against(percent["median"], 4.0 if period == 8 else None))
+    console.print(table)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "overhead.py",
+        description="Time and memory of steering.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training configuration")
+    parser.add_argument("--model", default="vit_small_patch16_224", help="a timm ViT")
+    parser.add_argument("--image-size", default=224, type=int, help="of global views and feedback, pixels")
+    parser.add_argument("--batch", default=16, type=int, help="images of a learner step")
+    parser.add_argument("--meta-batch", type=int, help="images of each batch of a value update; batch/8 by default")
+    parser.add_argument("--blocks", default=2, type=int, help="k of the scope")
+    parser.add_argument("--stride", default=4, type=int, help="of the U-Net that the value updates use")
+    parser.add_argument("--repeats", default=5, type=int, help="rounds")
+    parser.add_argument("--cycles", default=1, type=int, help="whole cycles to run at r = 8")
+    parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice by default")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, …")
+    parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
+    parser.add_argument("--tiny", action="store_true", help="a learner of seconds, to see that it runs")
+    parser.add_argument("--json", type=Path, help="file for all of the numbers")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; see `--help`.
+
+    Raises:
+        UserError: settings that the machine, the model or the configuration refuses.
+    """
+    options = build_parser().parse_args(argv)
+    if options.tiny:
+        options.model, options.image_size, options.stride = "vit_tiny_patch16_224", 32, 4
+    options.meta_batch = max(2, options.batch // 8) if options.meta_batch is None else options.meta_batch
+    for name in ("batch", "meta_batch", "repeats", "image_size"):
+        least = 2 if "batch" in name else 1
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)}: must be at least {least}")
+    if options.cycles < 0:
+        raise UserError(f"--cycles={options.cycles}: must be at least 0")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise UserError(f"--threads={options.threads}: must be at least 1")
+        torch.set_num_threads(options.threads)
+    if options.json is not None:
+        common.prepare_folder(options.json.parent)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder), options.image_size, max(options.batch, 4 * options.meta_batch))
+        vision = Vision(options, Path(folder))
+        rows = measure(vision.cases(), options.repeats, vision.device)
+        ratios = compare(rows, vision.targets())
+        parts = throughput({name: row["seconds"] for name, row in rows.items()}, options.stride)
+        losses = {period: {"parts": spread(values), "cycles": None} for period, values in parts.items()}
+        vision.steer.engine_name = DIFFERENCE
+        if shares := [1 - vision.cycle(8) for _ in range(options.cycles)]:
+            losses[8]["cycles"] = spread(shares)
+        device, settings = vision.device, vision.steered.config
+        del vision
+    try:
+        cases, targets = language_cases(options, device)
+    except ImportError as error:
+        print(f"language: left out, {error.name or error} is missing: pip install 'dino-value[language]'")
+    else:
+        found = measure(cases, options.repeats, device)
+        rows |= found
+        ratios += compare(found, targets)
+
+    about = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "memory": "max_memory_allocated" if device.type == "cuda" else "profiler's allocations; VmHWM",
+        "torch": torch.__version__,
+        "timm": metadata.version("timm"),
+        "bfloat16": use_bfloat16(settings, device),
+        "attention": settings.backbone.attention,
+        "model": options.model,
+        "image_size": options.image_size,
+        "batch": options.batch,
+        "meta_batch": options.meta_batch,
+        "blocks": options.blocks,
+        "stride": options.stride,
+        "repeats": options.repeats,
+        "overrides": options.overrides,
+    }
+    print(", ".join(f"{key} {value}" for key, value in about.items() if value not in (None, [])))
+    report(rows, ratios, losses)
+    if options.json is not None:
+        content = {"about": about, "cases": rows, "ratios": ratios, "throughput_lost": losses}
+        common.write_results(options.json, content)
+    return EXIT_DONE
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    common.script(main)
