@@ -143,8 +143,9 @@ def report(
     page = Report(
         title="dino-value quickstart",
         summary=(
-            "A small ViT, first trained with plain DINO on ray-cast rooms that carry a printed code, is continued from "
-            f"that one checkpoint for {config.steps} steps in each arm: baseline (plain DINO), value (a mask generator "
+            "A small ViT, first trained with plain DINO on ray-cast rooms, is continued from that one checkpoint on rooms "
+            "that carry a printed code, a shortcut which tells images apart and says nothing of the room, for "
+            f"{config.steps} steps in each arm: baseline (plain DINO), value (a mask generator "
             "taught by the gradients of a few segmentation and depth labels) and random (the same generator, taught by "
             "a random direction of the same norm). step0 is the checkpoint itself. Frozen features, heads trained on "
             "labelled scenes, scored on held-out ones."
@@ -190,8 +191,9 @@ def report(
 def masked(config: Config, images: Tensor) -> tuple[Tensor, Tensor]:
     """A finished arm's masks [n 1 H W] over whole images uint8 [n 3 H W], and the learned views in uint8."""
     d = config.designer
-    designer = DESIGNERS[d.name](d.width, d.depth, d.stride, d.keep_ratio)
-    designer.load_state_dict(load_checkpoint(config.out)["designer"])
+    assert d.mask is not None
+    designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio)
+    designer.load_state_dict(load_checkpoint(config.out)["steer"]["designer"])
     plain = images.float() / 255
     masks = designer(start_backbone().normalise(images))
     views = learned_views(plain, masks, fill_in(plain, d.fill, d.blur_sigma, torch.Generator().manual_seed(0)))

@@ -172,6 +172,19 @@ class SSLTask:
         return self.loss.mean(self.loss.terms(self._tail.logits(states, parameters), targets), self._weights)
 
 
+    def reached(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
+        """The part of the loss that φ reaches: the terms of the global crops, where φ leaves the local ones and the
+        targets as they are, and images do not meet in the head's batch norm; else all of the loss."""
+        large, *small, targets = hidden
+        mixed = self._weights is not None or any(isinstance(part, nn.BatchNorm1d) for part in self.student.head.mlp)
+        if mixed or any(state.requires_grad for state in (*small, targets)):
+            return self.tail(hidden, parameters)
+        cut, views = self._cuts[0], 2 + len(self.views.small) // self.views.batch
+        state = large if cut is None else Hidden(large, *cut)
+        terms = self.loss.terms(self._tail.logits([state], parameters), targets)
+        return self.loss.mean(terms) / (views - 1)  # both means are over 2 · (views − 1) pairs, here of two views
+
+
 def update_teacher(student: Learner, teacher: Learner, momentum: float) -> None:
     """The teacher's moving average, parameters only: a ViT has no running statistics."""
     update_ema(teacher.parameters(), student.parameters(), momentum)

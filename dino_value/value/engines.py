@@ -24,6 +24,9 @@ class Task(Protocol):
     Activation checkpointing recomputes a block from the module's own parameters, at the time of the backward pass. So
     a checkpointed trunk calls the module itself (no gradient reaches θ: engines ask for φ's alone), and a tail
     checkpoints with `parameters` among the arguments, or not at all.
+
+    A task may also have `reached(hidden, parameters)`: a scalar with the tail's derivative by every state that carries
+    φ's graph, whatever it leaves out of the rest of the loss. `finite_difference` then differentiates that.
     """
 
     def trunk(self) -> tuple[Tensor, ...]:
@@ -185,7 +188,7 @@ def pre_gradient(task: Task, hidden: tuple[Tensor, ...], parameters: dict[str, T
 def _hidden_gradient(task: Task, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> list[Tensor | None]:
     with full_precision(hidden):
         leaves = tuple(state.detach().requires_grad_(state.requires_grad) for state in full(hidden))
-        loss = task.tail(leaves, parameters)
+        loss = getattr(task, "reached", task.tail)(leaves, parameters)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(loss, wanted, allow_unused=True)) if wanted and loss.requires_grad else None
     return [next(found) if found and leaf.requires_grad else None for leaf in leaves]
