@@ -143,8 +143,8 @@ def report(
     page = Report(
         title="dino-value quickstart",
         summary=(
-            "A small ViT, first trained with plain DINO on ray-cast rooms, is continued from that one checkpoint on rooms "
-            "that carry a printed code, a shortcut which tells images apart and says nothing of the room, for "
+            "A small ViT, first trained with plain DINO on ray-cast rooms, is continued from that one checkpoint on "
+            "rooms that carry a printed code, a shortcut which tells images apart and says nothing of the room, for "
             f"{config.steps} steps in each arm: baseline (plain DINO), value (a mask generator "
             "taught by the gradients of a few segmentation and depth labels) and random (the same generator, taught by "
             "a random direction of the same norm). step0 is the checkpoint itself. Frozen features, heads trained on "

@@ -171,7 +171,6 @@ class SSLTask:
         states = [part if cut is None else Hidden(part, *cut) for part, cut in zip(tokens, self._cuts, strict=True)]
         return self.loss.mean(self.loss.terms(self._tail.logits(states, parameters), targets), self._weights)
 
-
     def reached(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
         """The part of the loss that φ reaches: the terms of the global crops, where φ leaves the local ones and the
         targets as they are, and images do not meet in the head's batch norm; else all of the loss."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,3 +70,12 @@ def test_scenes_are_a_function_of_split_and_index() -> None:
     assert first.depth.max() < 20
     share = first.code.float().mean()
     assert 0.02 < share < 0.3
+
+
+def test_clean_scenes_carry_no_code() -> None:
+    assert not scenes.scenes("clean", 32, 3).code.any()
+    plain, printed = (scenes.render(np.random.default_rng(5), 32, code) for code in (False, True))
+    where = printed[-1]
+    assert where.any()
+    assert (plain[0][~where] == printed[0][~where]).all()  # the same room without the print
+    assert (plain[1] == printed[1]).all()
