@@ -16,7 +16,11 @@ from dino_value.quickstart import ARMS, quickstart, start_backbone, start_path
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arm = module.packaged("quickstart/arm.yaml").read_text()
+    assert "warmup: 60" in arm
+    (tmp_path / "arm.yaml").write_text(arm.replace("warmup: 60", "warmup: 0").replace("warmup: 200", "warmup: 2"))
+    monkeypatch.setattr(module, "ARM_CONFIG", str(tmp_path / "arm.yaml"))
     monkeypatch.setattr(scenes, "COUNTS", {"unlabeled": 64, "training": 640, "validation": 16, "tuning": 16})
     monkeypatch.setattr(module, "HEAD_STEPS", 5)
     scenes.scenes.cache_clear()
