@@ -340,8 +340,8 @@ class Steer:
         """What the designer adds, on feedback it never uses, against the plain task and random masks on one batch."""
         config, backbone = self.config, self.student.backbone
         held = {task.kind: held_gradients(task, backbone, self.scope, self.device) for task in self.feedback}
-        means = [mean_gradient(parts) for parts in held.values()]
-        g_held = combine(means, [task.weight for task in self.feedback])
+        targets = [task for task in self.feedback if not task.guard]
+        g_held = combine([mean_gradient(held[task.kind]) for task in targets], [task.weight for task in targets])
         noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size)
         gain = value_gain(
             self.task(views, temperature),
