@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from dino_value.data.folders import list_images, read_image
+from dino_value.data.tars import TarMember, is_shards, list_members
 from dino_value.data.views import FolderViews, MemoryViews, ViewSettings
 from dino_value.errors import UserError
 
-__all__ = ["open_views"]
+__all__ = ["SkippingViews", "open_views", "unlabeled_files"]
 
 
-def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> MemoryViews | FolderViews:
-    """The unlabeled stream's source: a folder of images, nested or not, or the embedded `scenes` or `scenes/clean`.
+def unlabeled_files(path: str | Path) -> list[Path] | list[TarMember]:
+    """The images of a folder, nested or not, or one of every sample in WebDataset shards (a folder of .tar files that
+    holds no images, a pattern, or one file).
+
+    Raises:
+        UserError: neither.
+    """
+    try:
+        return list_images(path)
+    except UserError:
+        if not is_shards(path):
+            raise
+    return list_members(path)
+
+
+def open_views(
+    path: str, settings: ViewSettings, in_memory: bool = False, skip_unreadable: bool = False
+) -> MemoryViews | FolderViews | SkippingViews:
+    """The unlabeled stream's source: see `unlabeled_files`; or the embedded `scenes` or `scenes/clean`.
 
     Args:
         in_memory: decode everything once; the images must be of one size.
+        skip_unreadable: go on without images that cannot be read, and count them.
 
     Raises:
         UserError: no images, or images of several sizes where one is needed.
@@ -25,16 +48,87 @@ def open_views(path: str, settings: ViewSettings, in_memory: bool = False) -> Me
 
         split = scenes("unlabeled" if path == "scenes" else "clean", settings.global_size)
         return MemoryViews(split.images, settings)
-    paths = list_images(path)
+    paths = unlabeled_files(path)
     if not in_memory:
-        return FolderViews(paths, settings)
-    images: list[torch.Tensor] = []
+        views = FolderViews(paths, settings)  # type: ignore[arg-type]
+        return SkippingViews(views) if skip_unreadable else views
+    images: list[Tensor] = []
+    names: list[str] = []
     for file in paths:
-        image = read_image(file)
+        try:
+            image = read_image(file)
+        except UserError:
+            if not skip_unreadable:
+                raise
+            continue
         if images and image.shape != images[0].shape:
             raise UserError(
-                f"{file}: {tuple(image.shape[1:])} pixels where {paths[0].name} has {tuple(images[0].shape[1:])}; "
+                f"{file}: {tuple(image.shape[1:])} pixels where {names[0]} has {tuple(images[0].shape[1:])}; "
                 "data.in_memory needs one size: set data.in_memory=false"
             )
         images.append(image)
-    return MemoryViews(torch.stack(images), settings, [str(file) for file in paths])
+        names.append(str(file))
+    if not images:
+        raise UserError(f"{path}: none of its {len(paths)} images can be read")
+    held = MemoryViews(torch.stack(images), settings, names)
+    return SkippingViews(held, len(paths) - len(images)) if skip_unreadable else held
+
+
+class SkippingViews:
+    """Crops as `views` makes them, with the next readable file in the place of one that cannot be read.
+
+    What a batch holds still follows from (positions, key) and the files alone. The marks lie in shared memory, so that
+    what a loader process finds out is known to all.
+
+    Args:
+        views: files, or images in memory that have been read already.
+        left_out: how many files never came into `views` because they cannot be read.
+    """
+
+    def __init__(self, views: MemoryViews | FolderViews, left_out: int = 0) -> None:
+        self.views, self.left_out = views, left_out
+        self._bad = torch.zeros(len(views), dtype=torch.bool).share_memory_()
+
+    @property
+    def unreadable(self) -> int:
+        """How many files have been found unreadable so far."""
+        return self.left_out + int(self._bad.sum())
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def without(self, names: Collection[str]) -> SkippingViews:
+        """The same source less the files `names`."""
+        return SkippingViews(self.views.without(names), self.left_out)
+
+    def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, Tensor]:
+        """As `views.batch`.
+
+        Raises:
+            UserError: no file can be read, or `views` fails over something else.
+        """
+        chosen = [self._next(position, look=False) for position in positions]
+        try:
+            return self.views.batch(chosen, key)
+        except UserError:
+            return self.views.batch([self._next(position, look=True) for position in chosen], key)
+
+    def _next(self, position: int, look: bool) -> int:
+        """The first file from `position` on that is not known as bad or, to `look` closer, that can be read."""
+        count = len(self)
+        for place in ((position + step) % count for step in range(count)):
+            if self._bad[place]:
+                continue
+            if not look or self._readable(place):
+                return place
+        raise UserError(f"none of {count} images can be read")
+
+    def _readable(self, place: int) -> bool:
+        if isinstance(self.views, MemoryViews):
+            return True
+        try:
+            read_image(self.views.paths[place])
+        except UserError:
+            self._bad[place] = True
+            return False
+        return True

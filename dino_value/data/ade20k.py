@@ -26,6 +26,7 @@ class ADE20K:
         root: the ADEChallengeData2016 folder.
         split: `training` or `validation`.
         group_pattern, neighbours: see `labelled.file_groups`; the default group is the file's stem.
+        check_pairs: False leaves a missing annotation to `load`, for a caller that goes on without the image.
 
     Raises:
         UserError: missing folders, or an image and an annotation that do not pair up.
@@ -33,7 +34,14 @@ class ADE20K:
 
     kind: Kind = "seg"
 
-    def __init__(self, root: str | Path, split: Split, group_pattern: str | None = None, neighbours: int = 1) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: Split,
+        group_pattern: str | None = None,
+        neighbours: int = 1,
+        check_pairs: bool = True,
+    ) -> None:
         root = Path(root)
         images, annotations = root / "images" / split, root / "annotations" / split
         for folder in (root, images, annotations):
@@ -43,12 +51,13 @@ class ADE20K:
         self.num_classes = len(self.class_names)
         self._images = list_images(images)
         self._annotations = [annotations / path.relative_to(images).with_suffix(".png") for path in self._images]
-        for image, annotation in zip(self._images, self._annotations, strict=True):
-            if not annotation.is_file():
-                raise UserError(f"{image}: its annotation {annotation} is missing")
-        spare = set(list_images(annotations)) - set(self._annotations)
-        if spare:
-            raise UserError(f"{min(spare)}: no image in {images} belongs to this annotation")
+        if check_pairs:
+            for image, annotation in zip(self._images, self._annotations, strict=True):
+                if not annotation.is_file():
+                    raise UserError(f"{image}: its annotation {annotation} is missing")
+            spare = set(list_images(annotations)) - set(self._annotations)
+            if spare:
+                raise UserError(f"{min(spare)}: no image in {images} belongs to this annotation")
         self._groups = file_groups(self._images, group_pattern, neighbours)
 
     def __len__(self) -> int:
@@ -68,8 +77,9 @@ class ADE20K:
             )
         highest = int(ids.max())
         if highest > self.num_classes or int(ids.min()) < 0:
+            wrong = highest if highest > self.num_classes else int(ids.min())
             raise UserError(
-                f"{self._annotations[index]}: label id {highest} is outside 0…{self.num_classes}, "
+                f"{self._annotations[index]}: label id {wrong} is outside 0…{self.num_classes}, "
                 f"the classes of {INFO_NAME}"
             )
         return image, torch.where(ids == 0, IGNORE, ids - 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dino_value.data.labelled import Kind, Split, file_groups
+from dino_value.data.tars import FORMATS, TarMember
 from dino_value.errors import UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+EXTENSIONS = frozenset(f".{name}" for name in FORMATS)
 # What PIL's decoders raise on damaged files, as seen: not only OSError.
 _DECODE_ERRORS = (
     OSError,
@@ -25,7 +28,6 @@ _DECODE_ERRORS = (
     EOFError,
     struct.error,
     IndexError,
-    Image.DecompressionBombError,
 )
 
 
@@ -50,45 +52,74 @@ def list_images(root: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def read_image(path: str | Path) -> Tensor:
-    """One image file as uint8 [3 H W] RGB, upright by its EXIF tag.
+@contextmanager
+def decoded(path: str | os.PathLike[str], what: str = "an image") -> Iterator[Image.Image]:
+    """An image file, decoded; what is raised while it is open is put down to it.
+
+    Raises:
+        UserError: naming the file when it cannot be opened or decoded, or has more pixels than PIL deems safe
+            (2 · PIL.Image.MAX_IMAGE_PIXELS, 178,956,970): refused by its header, before any memory is taken.
+    """
+    try:
+        content = io.BytesIO(path.read_bytes()) if isinstance(path, TarMember) else path
+        with warnings.catch_warnings(), Image.open(content) as image:
+            # Damaged EXIF, palettes with transparency: the pixels are still good.
+            warnings.simplefilter("ignore")
+            image.load()
+            yield image
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{path}: too large to decode safely ({_one_line(error)}); scale it down or remove it"
+        ) from None
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{path}: cannot be read as {what} ({_one_line(error)}); replace or remove it") from None
+
+
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """One image file, or member of a shard, as uint8 [3 H W] RGB, upright by its EXIF tag.
 
     Greyscale, palette and CMYK are converted, an alpha channel is dropped, 16-bit greyscale is scaled to 8.
 
     Raises:
-        UserError: naming the file when it cannot be opened or decoded.
+        UserError: as `decoded`, or pixels in floating point, which have no agreed range.
     """
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            # Damaged EXIF, palettes with transparency: the pixels are still good.
-            warnings.simplefilter("ignore")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # I;16 is 16-bit grey, and I what some decoders make of it
-                grey = np.asarray(upright, dtype=np.int64)
-                upright = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
-            elif upright.mode in ("P", "LA", "PA"):
-                upright = upright.convert("RGBA")
-            pixels = np.array(upright.convert("RGB"))
-    except _DECODE_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as an image ({_one_line(error)}); replace or remove it") from None
+    with decoded(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # I;16 is 16-bit grey, and I what some decoders make of it
+            grey = np.asarray(upright, dtype=np.int64)
+            upright = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
+        elif upright.mode in ("P", "LA", "PA"):
+            upright = upright.convert("RGBA")
+        elif upright.mode == "F":
+            raise ValueError("pixels in floating point have no agreed range")
+        pixels = np.array(upright.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def read_labels(path: str | Path) -> Tensor:
+def read_labels(path: str | os.PathLike[str]) -> Tensor:
     """One label map as int64 [H W]: a one-channel image of ids (the indices, if it has a palette).
 
     Raises:
-        UserError: naming the file when it cannot be decoded or has several channels.
+        UserError: as `decoded`, or several channels.
     """
-    try:
-        with Image.open(path) as image:
-            ids = np.array(image)
-    except _DECODE_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as a label map ({_one_line(error)})") from None
+    with decoded(path, "a label map") as image:
+        ids = np.array(image)
     if ids.ndim != 2:
         raise UserError(f"{path}: a label map has one channel of class ids, this image has {ids.shape[-1]}")
     return torch.from_numpy(ids.astype(np.int64))
+
+
+def read_depth(path: str | os.PathLike[str], scale: float = 1000.0) -> Tensor:
+    """One depth map as float32 [H W] metres: a 16-bit one-channel PNG of units of 1/`scale` metres.
+
+    Raises:
+        UserError: as `decoded`, or not 16 bits deep.
+    """
+    with decoded(path, "a depth map") as image:
+        mode, units = image.mode, np.array(image)
+    if not mode.startswith("I"):
+        raise UserError(f"{path}: a depth map is a 16-bit one-channel PNG, this is of PIL's mode {mode}; convert it")
+    return torch.from_numpy(units.astype(np.float32) / np.float32(scale))
 
 
 def _one_line(error: Exception) -> str:

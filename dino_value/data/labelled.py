@@ -7,7 +7,8 @@ and goes on reads the same data.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -97,6 +98,55 @@ class LabelledTensors:
         return str(index) if self.groups is None else self.groups[index]
 
 
+class Subset:
+    """Some items of a source, in a given order.
+
+    Args:
+        source: where items come from.
+        indices: which.
+        skipped: why each of the items that cannot be used is not among them, one line each.
+    """
+
+    def __init__(self, source: LabelledSource, indices: Sequence[int], skipped: Sequence[str] = ()) -> None:
+        self.source, self.indices, self.skipped = source, list(indices), list(skipped)
+        self.kind, self.num_classes, self.class_names = source.kind, source.num_classes, source.class_names
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.source.load(self.indices[index])
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def group(self, index: int) -> str:
+        return self.source.group(self.indices[index])
+
+
+def readable(source: LabelledSource) -> Subset:
+    """What of a source can be read; reads everything once.
+
+    Raises:
+        UserError: nothing can.
+    """
+
+    def problem(index: int) -> str | None:
+        try:
+            source.load(index)
+        except UserError as error:
+            return " ".join(str(error).split())
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(problem, range(len(source))))
+    kept = [index for index, text in enumerate(problems) if text is None]
+    skipped = [text for text in problems if text is not None]
+    if skipped and not kept:
+        raise UserError(f"none of {len(skipped)} images can be read; the first: {skipped[0]}")
+    return Subset(source, kept, skipped)
+
+
 class LabelledDataset:
     """Some items of a source, brought to one size.
 
@@ -183,10 +233,13 @@ def resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(target.dtype)
 
 
-def split_by_group(source: LabelledSource, counts: Sequence[int], seed: int = 0) -> list[list[int]]:
+def split_by_group(
+    source: LabelledSource, counts: Sequence[int], seed: int = 0, exclude: Collection[int] = ()
+) -> list[list[int]]:
     """Disjoint lists of indices, `counts[k]` long, such that no group has items in two of them.
 
-    Groups are shuffled by `seed` and dealt in turn; what is left of a list's last group is used by nobody.
+    Groups are shuffled by `seed` and dealt in turn; what is left of a list's last group is used by nobody. Items in
+    `exclude` are dealt to nobody, and do not change the order of the groups.
 
     Raises:
         UserError: the groups do not suffice.
@@ -207,7 +260,7 @@ def split_by_group(source: LabelledSource, counts: Sequence[int], seed: int = 0)
                     f"cannot cut {wanted} labelled samples, no group on two sides, "
                     f"out of {len(source)} in {len(names)} groups: lower the counts, or give more data"
                 )
-            part += members[names[choice]]
+            part += [index for index in members[names[choice]] if index not in exclude]
         parts.append(part[:count])
     return parts
 
@@ -253,6 +306,7 @@ def open_labelled(
     *,
     group_pattern: str | None = None,
     neighbours: int = 1,
+    skip_unreadable: bool = False,
 ) -> LabelledSource:
     """Open one split of a labelled data set.
 
@@ -262,6 +316,8 @@ def open_labelled(
             folder with train/ and val/), or "scenes" for the embedded set.
         split: `training` or `validation`.
         group_pattern, neighbours: see `file_groups`.
+        skip_unreadable: read everything once and leave out what cannot be used: the `Subset` that is returned says
+            in `skipped` what and why.
 
     Raises:
         UserError: no such data, or data that does not follow the layout.
@@ -275,8 +331,11 @@ def open_labelled(
 
     if str(path) == "scenes":
         return scenes.labelled(layout, split)
+    source: LabelledSource
     if layout == "ade20k":
-        return ade20k.ADE20K(path, split, group_pattern, neighbours)
-    if layout == "nyuv2":
-        return nyuv2.NYUv2(path, split, neighbours)
-    return folders.open_imagefolder(path, split, group_pattern, neighbours)
+        source = ade20k.ADE20K(path, split, group_pattern, neighbours, check_pairs=not skip_unreadable)
+    elif layout == "nyuv2":
+        source = nyuv2.open_nyuv2(path, split, neighbours, check_pairs=not skip_unreadable)
+    else:
+        source = folders.open_imagefolder(path, split, group_pattern, neighbours)
+    return readable(source) if skip_unreadable else source

@@ -1,11 +1,16 @@
-"""NYU Depth v2, the labelled set: nyu_depth_v2_labeled.mat (MATLAB 7.3, that is HDF5) and splits.mat.
+"""NYU Depth v2, in its two usual layouts.
 
-MATLAB stores columns first, so HDF5 shows `images` as (n, 3, W, H) and `depths` as (n, W, H).
+- The labelled set: nyu_depth_v2_labeled.mat (MATLAB 7.3, that is HDF5) and splits.mat. MATLAB stores columns first, so
+  HDF5 shows `images` as (n, 3, W, H) and `depths` as (n, W, H), in metres.
+- Folders, as BTS (arXiv 1907.10326) and AdaBins (arXiv 2011.14141) lay them out: RGB files, 16-bit depth PNG in
+  millimetres, and lists whose lines name a pair.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,62 @@ import torch
 from scipy.io import loadmat
 from torch import Tensor
 
-from dino_value.data.labelled import Kind, Split, index_groups
+from dino_value.data.folders import read_depth, read_image
+from dino_value.data.labelled import Kind, LabelledSource, Split, index_groups
 from dino_value.errors import UserError
 
 MAT_NAME = "nyu_depth_v2_labeled.mat"
 SPLITS_NAME = "splits.mat"
+MAX_DEPTH = 10.0
+"""Metres; the sensor's range, and what is beyond counts as unknown."""
+_LISTS: dict[Split, tuple[str, ...]] = {"training": ("*train*.txt",), "validation": ("*test*.txt", "*val*.txt")}
+# Where the names of a list may begin, as the preparation scripts of BTS leave the files.
+_BASES = ("", "sync", "train", "test", "official_splits/train", "official_splits/test")
+
+
+def open_nyuv2(root: str | Path, split: Split, neighbours: int = 1, check_pairs: bool = True) -> LabelledSource:
+    """One split in whichever layout lies under `root`; warns of depths that look like another unit's.
+
+    Raises:
+        UserError: neither layout, or see `NYUv2` and `NYUFolder`.
+    """
+    root = Path(root)
+    lists = any(next(root.glob(pattern), None) for patterns in _LISTS.values() for pattern in patterns)
+    if lists and not (root / MAT_NAME).exists():
+        return NYUFolder(root, split, neighbours, check_pairs=check_pairs)
+    return NYUv2(root, split, neighbours)
+
+
+def valid_depth(metres: Tensor, max_depth: float = MAX_DEPTH) -> Tensor:
+    """Depth [H W] with 0 wherever it is unknown: not finite, not positive, or beyond `max_depth`."""
+    return torch.where(metres.isfinite() & (metres > 0) & (metres <= max_depth), metres, 0)
+
+
+def suspicion(depths: Iterable[Tensor]) -> str | None:
+    """What is odd about depth maps in metres as they were read, with its likely cause; None if nothing is."""
+    known = [depth[depth.isfinite() & (depth > 0)] for depth in depths]
+    pooled = torch.cat(known) if known else torch.zeros(0)
+    if not len(pooled):
+        return "no known depth at all; are these depth maps?"
+    median = float(pooled.median())
+    if median > 100:
+        return f"the median depth is {median:.4g} m: probably millimetres read as metres; divide by 1000"
+    if median > MAX_DEPTH:
+        return f"the median depth is {median:.4g} m, beyond the {MAX_DEPTH:g} m of indoor depth: probably another unit"
+    if median < 0.05:
+        return f"the median depth is {median:.4g} m: probably metres, or 8-bit levels, divided by 1000 once too often"
+    return None
+
+
+def _warn_if_suspicious(depths: Iterable[Tensor], where: object) -> None:
+    found = suspicion(depths)
+    if found:
+        warnings.warn(f"{where}: {found}", stacklevel=3)
+
+
+def _spread(count: int) -> list[int]:
+    """First, middle and last."""
+    return sorted({0, count // 2, count - 1})
 
 
 class NYUv2:
@@ -31,6 +87,7 @@ class NYUv2:
         root: the folder that holds both files.
         split: `training` or `validation`.
         neighbours: for files that name no `scenes`, this many consecutive images form a group.
+        max_depth: metres, beyond which depth counts as unknown.
 
     Raises:
         UserError: a missing or damaged file, or indices outside the set.
@@ -39,8 +96,9 @@ class NYUv2:
     kind: Kind = "depth"
     num_classes = 0
 
-    def __init__(self, root: str | Path, split: Split, neighbours: int = 1) -> None:
+    def __init__(self, root: str | Path, split: Split, neighbours: int = 1, max_depth: float = MAX_DEPTH) -> None:
         self.class_names: list[str] = []
+        self.max_depth = max_depth
         self._path = Path(root) / MAT_NAME
         self._handle: tuple[int, h5py.File] | None = None
         file = self._file()
@@ -58,12 +116,16 @@ class NYUv2:
         if len(groups) != count:
             raise UserError(f"{self._path}: names {len(groups)} scenes for {count} images")
         self._groups = [groups[index] for index in self._indices]
+        _warn_if_suspicious((self._metres(place) for place in _spread(len(self))), self._path)
 
     def _file(self) -> h5py.File:
         # An HDF5 handle must not cross a fork: keep one for this process only.
         if self._handle is None or self._handle[0] != os.getpid():
             if not self._path.is_file():
-                raise UserError(f"{self._path}: no such file; the folder must hold {MAT_NAME} and {SPLITS_NAME}")
+                raise UserError(
+                    f"{self._path}: no such file; the folder must hold {MAT_NAME} and {SPLITS_NAME}, or lists "
+                    "*train*.txt and *test*.txt that pair images with depth maps"
+                )
             try:
                 self._handle = os.getpid(), h5py.File(self._path, "r")
             except OSError as error:
@@ -77,25 +139,122 @@ class NYUv2:
         return len(self._indices)
 
     def load(self, index: int) -> tuple[Tensor, Tensor]:
-        """Image uint8 [3 H W] and depth float32 [H W] metres, 0 where unknown or not finite.
+        """Image uint8 [3 H W] and depth float32 [H W] metres, 0 where unknown, not finite or out of range.
 
         Raises:
             UserError: the file is damaged at this image.
         """
-        file, row = self._file(), self._indices[index]
+        image = np.ascontiguousarray(self._row("images", index).transpose(0, 2, 1))
+        return torch.from_numpy(image), valid_depth(self._metres(index), self.max_depth)
+
+    def _metres(self, index: int) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self._row("depths", index).T, dtype=np.float32))
+
+    def _row(self, dataset: str, index: int) -> np.ndarray:
         try:
-            image, depth = file["images"][row], file["depths"][row]
+            return np.asarray(self._file()[dataset][self._indices[index]])
         except OSError as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error}); the file is damaged") from None
-        image = np.ascontiguousarray(image.transpose(0, 2, 1))
-        metres = torch.from_numpy(np.ascontiguousarray(depth.T, dtype=np.float32))
-        return torch.from_numpy(image), torch.where(metres.isfinite() & (metres > 0), metres, 0)
 
     def name(self, index: int) -> str:
         return f"{self._path} image {self._indices[index] + 1}"
 
     def group(self, index: int) -> str:
         return self._groups[index]
+
+
+class NYUFolder:
+    """One split of NYUv2 as files: RGB, 16-bit depth PNG in millimetres, and a list.
+
+    A line of the list holds the image and its depth map, relative to `root` or to the folders that BTS' scripts make
+    (sync, official_splits/test, …), and perhaps a focal length, which is not read. The list of the training split has
+    `train` in its name, that of the validation split `test` or `val`.
+
+    Args:
+        root: the folder that holds the lists.
+        split: `training` or `validation`.
+        neighbours: where all images lie in one folder, this many consecutive ones form a group; else the folder, which
+            is a scene, is the group.
+        scale: units a metre: 1000 for millimetres.
+        max_depth: metres, beyond which depth counts as unknown.
+        check_pairs: False leaves a missing file to `load`, for a caller that goes on without the pair.
+
+    Raises:
+        UserError: no list or several, an empty one, a line that names no pair, or a file that is missing.
+    """
+
+    kind: Kind = "depth"
+    num_classes = 0
+
+    def __init__(
+        self,
+        root: str | Path,
+        split: Split,
+        neighbours: int = 1,
+        scale: float = 1000.0,
+        max_depth: float = MAX_DEPTH,
+        check_pairs: bool = True,
+    ) -> None:
+        self.class_names: list[str] = []
+        self.scale, self.max_depth = scale, max_depth
+        self._pairs = _read_pairs(Path(root), split)
+        if check_pairs:
+            for image, depth in self._pairs:
+                for path in (image, depth):
+                    if not path.is_file():
+                        raise UserError(f"{path}: no such file, but the {split} list pairs it")
+        folders = [str(image.parent) for image, _ in self._pairs]
+        self._groups = folders if len(set(folders)) > 1 else index_groups(len(folders), neighbours)
+        present = [self._pairs[place][1] for place in _spread(len(self)) if self._pairs[place][1].is_file()]
+        if check_pairs:
+            _warn_if_suspicious((read_depth(path, scale) for path in present), present[0].parent)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image uint8 [3 H W] and depth float32 [H W] metres, 0 where unknown or out of range.
+
+        Raises:
+            UserError: an unreadable file, a depth map that is not 16 bits deep, or different sizes.
+        """
+        files = self._pairs[index]
+        image, metres = read_image(files[0]), read_depth(files[1], self.scale)
+        if image.shape[-2:] != metres.shape:
+            raise UserError(
+                f"{files[1]}: {metres.shape[1]}×{metres.shape[0]} pixels, but its image has "
+                f"{image.shape[-1]}×{image.shape[-2]}"
+            )
+        return image, valid_depth(metres, self.max_depth)
+
+    def name(self, index: int) -> str:
+        return str(self._pairs[index][0])
+
+    def group(self, index: int) -> str:
+        return self._groups[index]
+
+
+def _read_pairs(root: Path, split: Split) -> list[tuple[Path, Path]]:
+    """The image and the depth map of every line of a split's list."""
+    found = sorted({path for pattern in _LISTS[split] for path in root.glob(pattern)})
+    wanted = " or ".join(_LISTS[split])
+    if len(found) != 1:
+        names = f": {', '.join(path.name for path in found)}" if found else ""
+        raise UserError(f"{root}: holds {len(found)} lists {wanted} where one is needed{names}")
+    try:
+        lines = [line.split() for line in found[0].read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{found[0]}: cannot be read as a list of files ({error})") from None
+    if not lines:
+        raise UserError(f"{found[0]}: an empty list")
+    short = next((number for number, line in enumerate(lines, 1) if len(line) < 2), None)
+    if short is not None:
+        raise UserError(f"{found[0]}: line {short} names no pair; expected IMAGE DEPTH")
+    pairs = [(line[0].lstrip("/"), line[1].lstrip("/")) for line in lines]
+    bases = [root / base for base in _BASES if any((root / base / name).is_file() for pair in pairs for name in pair)]
+    if not bases:
+        raise UserError(f"{root / pairs[0][0]}: no such file, nor any other of {found[0].name}")
+    return [(bases[0] / image, bases[0] / depth) for image, depth in pairs]
 
 
 def _read_split(path: Path, split: Split, count: int) -> list[int]:

@@ -1,16 +1,18 @@
 """Multi-crop: where to cut, cutting, and DINO's photometric augmentations.
 
-Every draw comes from a CPU generator, so that the views of a step do not depend on the device; the pixels are
-worked on wherever they are, a whole batch at a time.
+Every draw comes from a CPU generator, so that the views of a step do not depend on the device. What is drawn is apart
+from what is done with it: `draw` is one function for all backends of `views.augment`, which differ in the rounding of
+pixels only.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 from torchvision.ops import roi_align
+from torchvision.transforms.v2 import functional as TF
 
 from dino_value.data.folders import read_image
 from dino_value.data.sampling import generator as keyed_generator
@@ -48,6 +51,7 @@ class ViewSettings(Protocol):
     blur: tuple[float, float, float]
     blur_sigma: tuple[float, float]
     solarize: float
+    augment: str
 
 
 def sample_boxes(count: int, height: int, width: int, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -114,7 +118,7 @@ class MemoryViews:
             boxes = sample_boxes(count * len(images), height, width, scale, generator)
             return crop(images.repeat(count, 1, 1, 1), boxes, size).unflatten(0, (count, len(images)))
 
-        return _two_groups(views, self.settings, len(images))
+        return _augmented(*_two_groups(views, self.settings, len(images)), self.settings, key)
 
 
 class FolderViews:
@@ -135,7 +139,7 @@ class FolderViews:
         """As `MemoryViews.batch`; the crops of a file follow from (key, its place in the batch)."""
         rows = [self._one(self.paths[position], derive(key, slot)) for slot, position in enumerate(positions)]
         large, small = zip(*rows, strict=True)
-        return torch.stack(large, 1), torch.stack(small, 1)
+        return _augmented(torch.stack(large, 1), torch.stack(small, 1), self.settings, key)
 
     def _one(self, path: Path, key: int) -> tuple[Tensor, Tensor]:
         image = read_image(path)
@@ -159,12 +163,29 @@ def _two_groups(views, settings: ViewSettings, images: int | None) -> tuple[Tens
     return large, torch.zeros(*shape, settings.local_size, settings.local_size, dtype=torch.uint8)
 
 
+def _augmented(large: Tensor, small: Tensor, settings: ViewSettings, key: int) -> tuple[Tensor, Tensor]:
+    """The crops of a batch as its source hands them over: augmented already, where loader processes do that."""
+    if settings.augment != "torchvision":
+        return large, small
+    views = _photometric_groups(large, small, settings, key)
+    rounded = [(group * 255).round_().to(torch.uint8) for group in views]
+    return rounded[0].view_as(large), rounded[1].view_as(small)
+
+
 def augment(large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str) -> tuple[Tensor, Tensor]:
-    """DINO's flips, colours, blur and solarisation.
+    """DINO's flips, colours, blur and solarisation, unless the crops come with them (`views.augment=torchvision`).
 
     uint8 [2 B 3 H W] and [N B 3 h w] -> float in [0, 1], [2B 3 H W] and [NB 3 h w].
     """
-    _, batch = large.shape[:2]
+    if settings.augment == "torchvision":
+        return large.flatten(0, 1).float() / 255, small.flatten(0, 1).float() / 255
+    return _photometric_groups(large, small, settings, seed, *keys)
+
+
+def _photometric_groups(
+    large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str
+) -> tuple[Tensor, Tensor]:
+    batch = large.shape[1]
     first, second, local = settings.blur
     # One probability a row: the two global views are treated differently (main_dino.py).
     blur = torch.tensor([first, second]).repeat_interleave(batch)
@@ -181,10 +202,52 @@ def augment(large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *ke
     return globals_, locals_
 
 
+class Draws(NamedTuple):
+    """What happens to each of n views, [n] on the CPU, in the order in which it happens."""
+
+    flip: Tensor  # bool, as are jitter, grey, blur and solarize
+    jitter: Tensor
+    order: tuple[str, ...]  # of the jitter's operations, one for all of the views
+    factors: dict[str, Tensor]  # of brightness, contrast, saturation; of hue a share of the colour circle
+    grey: Tensor
+    blur: Tensor
+    sigma: Tensor  # pixels
+    solarize: Tensor
+
+
+def draw(blur: Tensor, solar: Tensor, settings: ViewSettings, generator: torch.Generator) -> Draws:
+    """DINO's distributions (main_dino.py); `blur` and `solar` are probabilities [n]."""
+    count = len(blur)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(count, generator=generator) * (high - low) + low
+
+    def happens(probability: float | Tensor) -> Tensor:
+        return torch.rand(count, generator=generator) < probability
+
+    flip, jitter = happens(0.5), happens(settings.jitter)
+    factors = {
+        "brightness": uniform(max(0.0, 1 - settings.brightness), 1 + settings.brightness),
+        "contrast": uniform(max(0.0, 1 - settings.contrast), 1 + settings.contrast),
+        "saturation": uniform(max(0.0, 1 - settings.saturation), 1 + settings.saturation),
+        "hue": uniform(-settings.hue, settings.hue),
+    }
+    names = list(factors)
+    if bool(jitter.any()):
+        names = [names[place] for place in torch.randperm(len(names), generator=generator).tolist()]
+    grey, blurred, sigma, inverted = (
+        happens(settings.grayscale),
+        happens(blur),
+        uniform(*settings.blur_sigma),
+        happens(solar),
+    )
+    return Draws(flip, jitter, tuple(names), factors, grey, blurred, sigma, inverted)
+
+
 def photometric(
     views: Tensor, blur: Tensor, solar: Tensor, settings: ViewSettings, generator: torch.Generator
 ) -> Tensor:
-    """Flip, jitter, greyscale, blur, solarise, each row by its own draw.
+    """Flip, jitter, greyscale, blur, solarise, each row by its own draw, with the backend `settings.augment`.
 
     Args:
         views: uint8 [n 3 s s].
@@ -194,16 +257,30 @@ def photometric(
     Returns:
         float [n 3 s s] in [0, 1].
     """
-    count = len(views)
     images = views.float() / 255
-    if count == 0:
+    if len(views) == 0:
         return images
+    draws = draw(blur, solar, settings, generator)
+    radius = max(1, min(int(3 * settings.blur_sigma[1] + 0.5), views.shape[-1] - 1))
+    return BACKENDS[settings.augment](images, draws, 2 * radius + 1)
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, generator=generator) * (high - low) + low
 
-    def rows(probability: float | Tensor) -> Tensor:
-        return (torch.rand(count, generator=generator) < probability).nonzero()[:, 0]
+_JITTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "brightness": adjust_brightness_accumulative,
+    "contrast": adjust_contrast_with_mean_subtraction,
+    "saturation": adjust_saturation_with_gray_subtraction,
+    "hue": lambda images, share: adjust_hue(images, share * 2 * math.pi),
+}
+
+
+def by_rows(images: Tensor, draws: Draws, kernel: int) -> Tensor:
+    """Kornia's operations, each on the rows of float [n 3 s s] that it touches; works in place.
+
+    `kernel` is the width of the blur's kernel in pixels, odd.
+    """
+
+    def rows(happens: Tensor) -> Tensor:
+        return happens.nonzero()[:, 0]
 
     def on(chosen: Tensor, tensor: Tensor) -> Tensor:
         return tensor[chosen].to(images.device, non_blocking=True)
@@ -214,39 +291,90 @@ def photometric(
     def take(chosen: Tensor) -> Tensor:
         return images[chosen.to(images.device, non_blocking=True)]
 
-    flipped = rows(0.5)
+    flipped = rows(draws.flip)
     put(flipped, take(flipped).flip(-1))
 
-    jittered = rows(settings.jitter)
-    factors = {
-        "brightness": uniform(max(0.0, 1 - settings.brightness), 1 + settings.brightness),
-        "contrast": uniform(max(0.0, 1 - settings.contrast), 1 + settings.contrast),
-        "saturation": uniform(max(0.0, 1 - settings.saturation), 1 + settings.saturation),
-        "hue": uniform(-settings.hue, settings.hue) * 2 * math.pi,
-    }
-    change = {
-        "brightness": adjust_brightness_accumulative,
-        "contrast": adjust_contrast_with_mean_subtraction,
-        "saturation": adjust_saturation_with_gray_subtraction,
-        "hue": adjust_hue,
-    }
+    jittered = rows(draws.jitter)
     if len(jittered):
         changed = take(jittered)
-        names = list(factors)
-        for place in torch.randperm(len(names), generator=generator).tolist():
-            changed = change[names[place]](changed, on(jittered, factors[names[place]]))
+        for name in draws.order:
+            changed = _JITTER[name](changed, on(jittered, draws.factors[name]))
         put(jittered, changed.clamp(0, 1))
 
-    grey = rows(settings.grayscale)
+    grey = rows(draws.grey)
     put(grey, rgb_to_grayscale(take(grey)).expand(-1, 3, -1, -1))
 
-    blurred, sigma = rows(blur), uniform(*settings.blur_sigma)
+    blurred = rows(draws.blur)
     if len(blurred):
-        radius = min(int(3 * settings.blur_sigma[1] + 0.5), views.shape[-1] - 1)
-        width = 2 * max(1, radius) + 1
-        put(blurred, gaussian_blur2d(take(blurred), (width, width), sigma[blurred][:, None].expand(-1, 2)))
+        put(blurred, gaussian_blur2d(take(blurred), (kernel, kernel), draws.sigma[blurred][:, None].expand(-1, 2)))
 
-    inverted = rows(solar)
+    inverted = rows(draws.solarize)
     if len(inverted):
         put(inverted, solarize(take(inverted), 0.5))
     return images
+
+
+def compiled(images: Tensor, draws: Draws, kernel: int) -> Tensor:
+    """Kornia's operations on all rows, keeping those that they touch: fixed shapes, so that each is compiled once."""
+
+    def on(tensor: Tensor) -> Tensor:
+        return tensor.to(images.device, non_blocking=True)
+
+    images = _compiled("flip")(images, on(draws.flip), None)
+    jitter = on(draws.jitter)
+    for name in draws.order:
+        images = _compiled(name)(images, jitter, on(draws.factors[name]))
+    images = _compiled("grey")(images, on(draws.grey), None)
+    if bool(draws.blur.any()):  # the dearest; known on the host
+        images = _compiled("blur")(images, on(draws.blur), (kernel, on(draws.sigma)))
+    return _compiled("solarize")(images, on(draws.solarize), None)
+
+
+def _where(happens: Tensor, changed: Tensor, images: Tensor) -> Tensor:
+    return torch.where(happens[:, None, None, None], changed.clamp(0, 1), images)
+
+
+# A function each: compiled ones are told apart by their code, of which only a few shapes are kept.
+_ON_ALL: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
+    "flip": lambda x, on, _: _where(on, x.flip(-1), x),
+    "brightness": lambda x, on, factor: _where(on, _JITTER["brightness"](x, factor), x),
+    "contrast": lambda x, on, factor: _where(on, _JITTER["contrast"](x, factor), x),
+    "saturation": lambda x, on, factor: _where(on, _JITTER["saturation"](x, factor), x),
+    "hue": lambda x, on, share: _where(on, _JITTER["hue"](x, share), x),
+    "grey": lambda x, on, _: _where(on, rgb_to_grayscale(x), x),
+    "blur": lambda x, on, by: _where(on, gaussian_blur2d(x, (by[0],) * 2, by[1][:, None].expand(-1, 2)), x),
+    "solarize": lambda x, on, _: _where(on, solarize(x, 0.5), x),
+}
+
+
+@functools.cache
+def _compiled(name: str) -> Callable[[Tensor, Tensor, Any], Tensor]:
+    return torch.compile(_ON_ALL[name], dynamic=False)
+
+
+def by_image(images: Tensor, draws: Draws, kernel: int) -> Tensor:
+    """torchvision's operations, image by image, as the published loader does it; for float [n 3 s s] on the CPU."""
+    return torch.stack([_one_image(image, place, draws, kernel) for place, image in enumerate(images)])
+
+
+def _one_image(image: Tensor, place: int, draws: Draws, kernel: int) -> Tensor:
+    if draws.flip[place]:
+        image = TF.horizontal_flip(image)
+    if draws.jitter[place]:
+        for name in draws.order:
+            image = getattr(TF, f"adjust_{name}")(image, draws.factors[name][place].item())
+    if draws.grey[place]:
+        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+    if draws.blur[place]:
+        image = TF.gaussian_blur(image, [kernel, kernel], [draws.sigma[place].item()] * 2)
+    if draws.solarize[place]:
+        image = TF.solarize(image, 0.5)
+    return image
+
+
+BACKENDS: dict[str, Callable[[Tensor, Draws, int], Tensor]] = {
+    "kornia": by_rows,
+    "kornia_compiled": compiled,
+    "torchvision": by_image,
+}
+"""What `views.augment` chooses. kornia: on the device, in the training step; torchvision: in the loader processes."""

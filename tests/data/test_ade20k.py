@@ -92,3 +92,21 @@ def test_class_list(ade_root: Path, lines: int | None) -> None:
         path.write_text("Idx\tRatio\tTrain\tVal\tName\n" + "1\t0\t0\t0\tthing\n" * lines)
     with pytest.raises(UserError, match=r"objectInfo150\.txt"):
         ADE20K(ade_root, "training")
+
+
+def test_every_edge_id_of_the_full_class_list(ade_root: Path) -> None:
+    rows = "".join(f"{index}\t0\t0\t0\tclass {index}\n" for index in range(1, 151))
+    (ade_root / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n" + rows)
+    ids = np.zeros((6, 8), np.uint8)
+    ids[0, :4] = [0, 1, 149, 150]
+    annotate(ade_root, ids)
+    source = ADE20K(ade_root, "training")
+    assert (source.num_classes, source.class_names[0], source.class_names[149]) == (150, "class 1", "class 150")
+    labels = source.load(0)[1]
+    assert labels[0, :4].tolist() == [255, 0, 148, 149]
+    assert (labels[1:] == 255).all()
+    for wrong in (151, 255):
+        ids[3, 3] = wrong
+        annotate(ade_root, ids)
+        with pytest.raises(UserError, match=rf"ADE_train_00000001\.png: label id {wrong} is outside 0…150"):
+            ADE20K(ade_root, "training").load(0)

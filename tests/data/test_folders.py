@@ -1,5 +1,7 @@
 """Reading image files and folders of them."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,3 +132,21 @@ def test_image_folder(tmp_path: Path, write_image: Write) -> None:
     write_image("val/d/4_0.png", GREY)
     with pytest.raises(UserError, match="d: not one of the 3 classes"):
         open_imagefolder(tmp_path, "validation")
+
+
+@pytest.mark.parametrize("reader", [read_image, read_labels])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(reader: Callable[[Path], object], tmp_path: Path) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))))
+    with pytest.raises(UserError, match=r"bomb\.png: too large to decode safely .*3600000000 pixels") as raised:
+        reader(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_floating_point_pixels_are_refused(write_image: Write) -> None:
+    with pytest.raises(UserError, match=r"a\.tif: cannot be read as an image \(pixels in floating point"):
+        read_image(write_image("a.tif", Image.new("F", (4, 4), 0.5)))
