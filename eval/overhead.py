@@ -43,7 +43,7 @@ from dino_value.eval import common
 from dino_value.feedback import downstream_gradient
 from dino_value.process import use_bfloat16
 from dino_value.steer import Steer
-from dino_value.steps import SSLTask, make_views, student_states, teacher_targets
+from dino_value.steps import SSLTask, make_views
 from dino_value.train import Run
 from dino_value.value import (
     DIRECTIONS,
@@ -395,13 +395,13 @@ class Vision:
         with run.autocast():
             steer.update(0, self.temperature)
             with torch.no_grad():
-                targets, _ = teacher_targets(run.teacher, self.views.large, run.loss, self.temperature)
+                targets, _ = run.loss.teach(run.teacher, self.views.large, self.temperature, None)
         with run.autocast(), torch.no_grad():
-            states = student_states(run.student, self.views, steer.scope.start)
+            states = run.loss.states(run.student, self.views, steer.scope.start, None)
 
         def work() -> None:
             with run.autocast():
-                steer.term_weights(states, targets)
+                steer.term_weights(states, targets, None)
 
         return lambda: work
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .classification import LinearBNHead, classification_loss
+from .classification import LinearBNHead, LinearBNHeads, classification_loss, heads_loss
 from .depth import LinearBNDepthHead, depth_loss
 from .segmentation import IGNORE, ConvSegHead, LinearBNSegHead, segmentation_loss
 
@@ -21,11 +21,13 @@ __all__ = [
     "ConvSegHead",
     "LinearBNDepthHead",
     "LinearBNHead",
+    "LinearBNHeads",
     "LinearBNSegHead",
     "build_head",
     "classification_loss",
     "depth_loss",
     "feature_map",
+    "heads_loss",
     "segmentation_loss",
 ]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import Interrupted, UserError
-from dino_value.eval import common, depth, linear, seg
+from dino_value.eval import command, common, depth, linear, seg
 
 SIZE = (32, 32)
 COLOURS = torch.tensor([[230, 30, 30], [30, 230, 30], [30, 30, 230], [230, 230, 30]], dtype=torch.uint8)
@@ -150,10 +150,10 @@ def test_label_maps_keep_their_own_resolution(backbone: Backbone) -> None:
         pixels.append(tuple(labels.shape))
         return confusion(prediction, labels, classes)
 
-    confusion = seg.confusion_matrix
+    confusion = seg.confusion_matrices
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seg, "confusion_matrix", count)
-        seg.evaluate(backbone, seg_source(8), mixed, replace(SEG, steps=2))
+        patch.setattr(seg, "confusion_matrices", count)
+        seg.evaluate(backbone, seg_source(8), mixed, replace(SEG, steps=2, inference="whole"))
     assert pixels == [(1, 16, 32), (2, 32, 32)] * 3
 
 
@@ -256,6 +256,7 @@ def test_command_writes_results(
     assert main([*arguments, "--size", "32", *flags]) == 0
     results = json.loads((out / "results.json").read_text())
     about = {"evaluation", "backbone", "data", "settings", "seconds", "device", "torch"}
+    about |= {"interval", "interval_of", "phases", "images_per_second", "environment"}
     assert set(results) == keys | about
     assert results["settings"]["steps"] == 3
     assert results["settings"]["size"] == [32, 32]
@@ -323,7 +324,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "size"), [("512", (512, 512)), ("480x640", (480, 640))])
 def test_size(text: str, size: tuple[int, int]) -> None:
-    assert common.parse_size(text) == size
+    assert command.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "1x2x3", "big", "64x"])
