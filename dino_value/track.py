@@ -7,7 +7,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,7 +55,10 @@ class Meters:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object a line, each with its `step`; a resumed run drops the lines after its checkpoint."""
+    """metrics.jsonl: one object a line, each with its `step`; a resumed run drops the lines after its checkpoint.
+
+    A line with `event` and `message` is something that was said, not measured.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / METRICS_NAME
@@ -63,16 +67,16 @@ class MetricsFile:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed with the run)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float | str]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def close(self) -> None:
         self._file.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl, if it has any; a line torn by a kill is left out."""
-    rows: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
     if not (folder / METRICS_NAME).exists():
         return rows
     for line in (folder / METRICS_NAME).read_text().splitlines():
@@ -83,8 +87,28 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return rows
 
 
+_SHOWN = {
+    "loss": "loss {:.4g}",
+    "cosine": "cosine {:.4g}",
+    "rankme": "RankMe {:.1f}",
+    "knn_top1": "k-NN {:.1%}",
+    "images_per_second": "{:.4g} images/s",
+    "data_wait": "{:.0%} waiting for data",
+}
+
+
+def summary(values: Mapping[str, float]) -> str:
+    """What progress shows of the logged values, those that are there: one line."""
+    return "  ".join(text.format(values[name]) for name, text in _SHOWN.items() if name in values)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 class Reporter:
-    """A progress bar on a terminal; one plain line an interval elsewhere."""
+    """A progress bar on a terminal; one plain line an interval elsewhere; all on stderr. `quiet` leaves warnings."""
 
     def __init__(self, title: str, steps: int, start: int, quiet: bool = False) -> None:
         self.steps, self.title, self.quiet = steps, title, quiet
@@ -97,7 +121,7 @@ class Reporter:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("left  {task.fields[note]}", markup=False),
                 console=self.console,
             )
             self._task = self._bar.add_task(title, total=steps, completed=start, note="")
@@ -120,17 +144,25 @@ class Reporter:
     def note(self, text: str) -> None:
         """A line of its own."""
         if not self.quiet:
-            self.console.print(text, markup=False, highlight=False)
+            self._print(text)
 
-    def say(self, step: int, values: dict[str, float]) -> None:
-        note = "  ".join(
-            f"{name} {values[name]:.4g}" for name in ("loss", "cosine", "images_per_second") if name in values
-        )
+    def warn(self, text: str) -> None:
+        """A line that is said even when all else is quiet."""
+        self._print(f"warning: {text}", style="yellow")
+
+    def say(self, step: int, values: Mapping[str, float]) -> None:
+        """What was logged at `step`."""
         if self._bar:
-            self._bar.update(self._task, completed=step, note=note)
+            self._bar.update(self._task, completed=step, note=summary(values))
         elif not self.quiet:
-            left = (time.monotonic() - self.began) / max(1, step - self.first) * (self.steps - step)
-            print(f"{self.title} {step}/{self.steps}  {note}  {left:.0f} s left", file=sys.stderr, flush=True)
+            passed = time.monotonic() - self.began
+            left = passed / max(1, step - self.first) * (self.steps - step)
+            time_left = f"{duration(left)} left" if step < self.steps else f"done in {duration(passed)}"
+            self._print(f"{self.title} {step}/{self.steps}  {summary(values)}  {time_left}")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        # Unwrapped: in a log every line stands for itself.
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:
