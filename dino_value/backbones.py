@@ -11,17 +11,20 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from dino_value.attention import choose, kernel, wants_math
+from dino_value.blocks import apply_block, compiled_block, unknown
 from dino_value.errors import UserError
 from dino_value.weights import TIMM, misfits, read_header, read_tensors, recognise, table_side, to_timm
 
@@ -49,10 +52,19 @@ class Hidden(NamedTuple):
         return self._replace(tokens=self.tokens.float()) if low else self
 
 
+Replace = Callable[[Tensor], Tensor]
+"""Embedded patches [B N D] or [B h w D] to the same, some of them replaced (iBOT's mask token)."""
+
+
 class Backbone(nn.Module):
     """A timm VisionTransformer or EVA/DINOv3-style ViT, without its classifier.
 
     Images are float [B 3 H W], normalised with `mean` and `std`; H and W are multiples of `patch_size`.
+
+    Attributes:
+        attention: the backend, see `set_attention`.
+        subset: stochastic depth runs a branch on a subset of the images, see `blocks.run_block`.
+        compiled: blocks run compiled, except where the caller asks for the math kernel to differentiate twice.
     """
 
     def __init__(self, name: str, model: Any, kwargs: Mapping[str, Any]) -> None:
@@ -69,6 +81,8 @@ class Backbone(nn.Module):
         self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
         # Models that pool keep their last norm for after the pooling; dense features want it on every token.
         self.final_norm = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
+        self.attention = "sdpa"
+        self.subset = self.compiled = False
         # How the authors of its weights bring its position embeddings to another grid than the table's.
         self.positions = TIMM
         self._mean: Tensor
@@ -77,35 +91,153 @@ class Backbone(nn.Module):
             self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     @overload
-    def forward(self, x: Tensor | Hidden, start: int = 0, stop: None = None) -> Features: ...
+    def forward(
+        self, x: Tensor | Hidden, start: int = 0, stop: None = None, replace: Replace | None = None
+    ) -> Features: ...
 
     @overload
-    def forward(self, x: Tensor | Hidden, start: int = 0, *, stop: int) -> Hidden: ...
+    def forward(self, x: Tensor | Hidden, start: int = 0, *, stop: int, replace: Replace | None = None) -> Hidden: ...
 
-    def forward(self, x: Tensor | Hidden, start: int = 0, stop: int | None = None) -> Features | Hidden:
-        """Images to features; or, with `stop`, to the state that enters block `stop`; or onward from such a state."""
-        hidden = self._embed(x) if isinstance(x, Tensor) else x
-        tokens = hidden.tokens
-        for index in range(start, self.depth if stop is None else stop):
-            tokens = self._block(index, tokens, hidden.rope)
+    @overload
+    def forward(
+        self, x: Tensor | Hidden, start: int = 0, *, replace: Replace | None = None, cls_only: Literal[True]
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, x: list[Tensor] | list[Hidden], start: int = 0, stop: None = None, replace: Replace | None = None
+    ) -> list[Features]: ...
+
+    @overload
+    def forward(
+        self, x: list[Tensor] | list[Hidden], start: int = 0, *, stop: int, replace: Replace | None = None
+    ) -> list[Hidden]: ...
+
+    @overload
+    def forward(
+        self,
+        x: list[Tensor] | list[Hidden],
+        start: int = 0,
+        *,
+        replace: Replace | None = None,
+        cls_only: Literal[True],
+    ) -> list[Tensor]: ...
+
+    def forward(
+        self,
+        x: Tensor | Hidden | list[Tensor] | list[Hidden],
+        start: int = 0,
+        stop: int | None = None,
+        replace: Replace | None = None,
+        cls_only: bool = False,
+    ) -> Any:
+        """Images to features; or, with `stop`, to the state that enters block `stop`; or onward from such a state.
+
+        `replace` says what becomes of the embedded patches of images, before they are told their places.
+        With `cls_only` the result is `Features.cls` alone, [B D], and the last block computes no more than that needs.
+        A list of several crop sizes gives a list; with attention `varlen` they share one pass without padding.
+        """
+        given = x if isinstance(x, list) else [x]
+        states = [self._embed(part, replace) if isinstance(part, Tensor) else part for part in given]
+        together = [states] if self.attention == "varlen" else [[state] for state in states]
+        results = [result for group in together for result in self._run(group, start, stop, cls_only)]
+        return results if isinstance(x, list) else results[0]
+
+    def _run(self, states: Sequence[Hidden], start: int, stop: int | None, cls_only: bool) -> Sequence[Any]:
+        """Blocks `start` to `stop`, or to the features; several states as one batch of rows."""
+        end = self.depth if stop is None else stop
+        # Only a block that can be run on the class token alone is; another runs whole.
+        short = cls_only and self.has_cls and stop is None and start < end and not unknown(self.model.blocks[-1])
+        tokens = [state.tokens for state in states]
+        for index in range(start, end - 1 if short else end):
+            tokens = self._block(index, tokens, states)
         if stop is not None:
-            return Hidden(tokens, hidden.rope, hidden.grid)
-        tokens = getattr(self.model, self.final_norm)(tokens)
+            return [Hidden(part, state.rope, state.grid) for part, state in zip(tokens, states, strict=True)]
+        norm = getattr(self.model, self.final_norm)
+        if short:
+            return [norm(part[:, 0]) for part in self._block(end - 1, tokens, states, first=True)]
+        features = [self._features(norm(part), state.grid) for part, state in zip(tokens, states, strict=True)]
+        return [part.cls for part in features] if cls_only else features
+
+    def _features(self, tokens: Tensor, grid: tuple[int, int]) -> Features:
         patches = tokens[:, self.num_prefix_tokens :]
         # Models without a class token describe an image by the mean of its patches.
-        cls = tokens[:, 0] if self.has_cls else patches.mean(1)
-        return Features(cls, patches, hidden.grid)
+        return Features(tokens[:, 0] if self.has_cls else patches.mean(1), patches, grid)
 
-    def set_attention(self, kind: str) -> None:
-        """`sdpa` (fused kernels) or `math` (plain matrix products); the same function either way."""
+    def configure(self, settings: Any, device: torch.device, bfloat16: bool = False) -> None:
+        """Run as the configuration's section `backbone` says (`attention`, `drop_path_mode`, `compile`); `auto` says on
+        stderr what it took.
+
+        Raises:
+            UserError: see `set_attention` and `set_drop_path`.
+        """
+        said = self.set_attention(settings.attention, device, bfloat16)
+        if said:
+            print(said, file=sys.stderr)
+        self.set_drop_path(settings.drop_path_mode)
+        self.compiled = settings.compile
+
+    def set_attention(self, kind: str, device: torch.device | None = None, bfloat16: bool = False) -> str:
+        """How attention is computed, the same function whichever way; a line for the log, '' if there was no choice.
+
+        `sdpa` (torch's fused kernels), `math` (plain matrix products), `xformers`, `varlen` (several crop sizes in one
+        pass) or `auto`; see attention.py. `device` and `bfloat16` say what will run, for the probe and for `auto`.
+
+        Raises:
+            UserError: no such backend, or it does not run there, or not with these blocks.
+        """
+        head_dim = int(getattr(getattr(self.model.blocks[0], "attn", None), "head_dim", 64))
+        self.attention, said = choose(
+            kind, device or torch.device("cpu"), head_dim, bfloat16, lambda _: self._unknown()
+        )
         for module in self.model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = kind == "sdpa"
+                module.fused_attn = self.attention != "math"
+        return said
 
-    def _embed(self, images: Tensor) -> Hidden:
+    def set_drop_path(self, mode: str) -> None:
+        """How stochastic depth is done: `timm` masks the branches, `subset` leaves out their work (DINOv2).
+
+        Raises:
+            UserError: no such mode, or these blocks cannot be run on a subset.
+        """
+        if mode not in ("timm", "subset"):
+            raise UserError(f"backbone.drop_path_mode={mode}: choose timm, subset")
+        fault = self._unknown() if mode == "subset" else None
+        if fault:
+            raise UserError(
+                f"backbone.drop_path_mode=subset cannot run {self.name}: {fault}; choose backbone.drop_path_mode=timm"
+            )
+        self.subset = mode == "subset"
+
+    def check_size(self, size: int, key: str) -> None:
+        """Refuse square images of `size` pixels, which the setting `key` asks for, if the patch does not divide them.
+
+        Raises:
+            UserError: they are smaller than a patch, or not a multiple of it, with the nearest sizes that are.
+        """
+        patch = self.patch_size
+        if size < patch:
+            raise UserError(
+                f"{key}={size}: not a multiple of the patch size {patch} of {self.name}, and smaller than one patch; "
+                f"choose {patch} or more"
+            )
+        if size % patch:
+            below = size // patch * patch
+            raise UserError(
+                f"{key}={size}: not a multiple of the patch size {patch} of {self.name}; choose {below} or "
+                f"{below + patch}"
+            )
+
+    def _unknown(self) -> str | None:
+        return next((fault for fault in map(unknown, self.model.blocks) if fault), None)
+
+    def _embed(self, images: Tensor, replace: Replace | None = None) -> Hidden:
         model = self.model
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         tokens, rope = model.patch_embed(images), None
+        if replace is not None:
+            tokens = replace(tokens)
         if self.positions != TIMM and grid != tuple(model.patch_embed.grid_size):
             tokens = self._add_positions(tokens, grid)
         else:
@@ -128,11 +260,27 @@ class Backbone(nn.Module):
         before = torch.cat(prefix, dim=1) if prefix else patches[:, :0]
         return model.pos_drop(torch.cat([before + table[:, :shared] if shared else before, patches], dim=1))
 
-    def _block(self, index: int, tokens: Tensor, rope: Tensor | None) -> Tensor:
-        block = self.model.blocks[index]
-        if rope is None:
-            return block(tokens)
-        return block(tokens, rope=rope[index] if getattr(self.model, "rope_mixed", False) else rope)
+    def _block(
+        self, index: int, tokens: Sequence[Tensor], states: Sequence[Hidden], first: bool = False
+    ) -> list[Tensor]:
+        """One block on the tokens of each state; `first` leaves [B 1 D], the class tokens."""
+        block: Any = self.model.blocks[index]
+        mixed = getattr(self.model, "rope_mixed", False)  # a table of its own for each block
+        ropes = [None if state.rope is None else state.rope[index] if mixed else state.rope for state in states]
+        # Above timm's own forward, only where that cannot do it.
+        attend = None
+        if first or len(tokens) > 1 or self.subset or self.attention not in ("sdpa", "math"):
+            attend = kernel(self.attention, block.attn)
+        run = compiled_block() if self.compiled and not wants_math() else apply_block
+        given = (block, list(tokens), ropes, attend, first, self.subset)
+        found: list[Tensor] = checkpoint(run, *given, use_reentrant=False) if self._checkpoints(index) else run(*given)
+        return found
+
+    def _checkpoints(self, index: int) -> bool:
+        """timm's `set_grad_checkpointing`; not where `functional_call` runs the block with other parameters than its
+        own, which are what a recomputation would find."""
+        wanted = getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled()
+        return wanted and all(isinstance(value, nn.Parameter) for value in self.model.blocks[index].parameters())
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [… 3 H W] or float in [0, 1] to what the model expects."""

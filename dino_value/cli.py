@@ -11,6 +11,8 @@ from dino_value import __version__
 from dino_value.arguments import Parser, exit_code
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 
+CHECK_LAYOUTS = ("auto", "ade20k", "nyuv2", "imagefolder", "revisited", "images")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 2 the user's mistake, 75 stopped but resumable."""
@@ -68,8 +70,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--model", help="timm name, for a file that names none")
     export.set_defaults(command=_export)
 
+    data = commands.add_parser("data", help="look at data sets").add_subparsers(required=True, metavar="COMMAND")
+    look = data.add_parser("check", help="counts, classes, sizes, depths, unreadable files, overlaps, near-duplicates")
+    look.add_argument("root", metavar="ROOT", help="a data set: a folder, or a pattern of WebDataset shards")
+    look.add_argument("--layout", default="auto", choices=CHECK_LAYOUTS, help="how its files lie (default: recognised)")
+    look.add_argument("--unlabeled", metavar="PATH", help="also compare this unlabeled stream with the held-out images")
+    look.add_argument(
+        "--near",
+        type=int,
+        metavar="BITS",
+        help="perceptual hashes that differ in at most so many of 64 bits are near-duplicates (default: 4, and nothing "
+        "where imagehash is not installed; -1: do not look)",
+    )
+    look.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
+    look.set_defaults(command=_check_data)
+
     # Only for the help text: main() hands its arguments to the evaluation's own parser.
-    commands.add_parser("eval", help="linear, seg or depth: a head on frozen features of a run or a weights file")
+    commands.add_parser("eval", help="linear, knn, seg, depth, retrieval or all: what the features of runs are worth")
     return parser
 
 
@@ -113,16 +130,24 @@ def _export(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _evaluate(arguments: Sequence[str]) -> int:
-    from dino_value.eval import depth, linear, seg
+def _check_data(arguments: argparse.Namespace) -> int:
+    from dino_value.data.check import check_data, print_report
+    from dino_value.files import write_json
 
-    evaluations = {"linear": linear.main, "seg": seg.main, "depth": depth.main}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: dino-value eval {{{','.join(evaluations)}}} RUN_OR_WEIGHTS --data PATH --out DIR [--help]")
-        return EXIT_DONE if arguments else EXIT_USER
-    if arguments[0] not in evaluations:
-        raise UserError(f"eval {arguments[0]}: choose {', '.join(evaluations)}")
-    return evaluations[arguments[0]](arguments[1:])
+    report = check_data(arguments.root, arguments.layout, arguments.unlabeled, arguments.near)
+    if arguments.json is not None:
+        try:
+            write_json(arguments.json, report.as_json())
+        except OSError as error:
+            raise UserError(f"{arguments.json}: cannot be written ({error.strerror})") from None
+    print_report(report)
+    return EXIT_DONE if report.usable else EXIT_USER
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from dino_value.eval.command import main as evaluate
+
+    return evaluate(arguments)
 
 
 if __name__ == "__main__":

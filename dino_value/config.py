@@ -32,11 +32,12 @@ CLOSED_FORMS = ("weights", "best_of_n")
 class DataConfig:
     """Where images and labels come from. `scenes` in place of a path is the embedded data set."""
 
-    unlabeled: str = MISSING  # a folder of images, nested or not
+    unlabeled: str = MISSING  # a folder of images, nested or not, or of WebDataset shards; or a pattern of them
     ade20k: str | None = None  # ADEChallengeData2016
-    nyuv2: str | None = None  # the folder of nyu_depth_v2_labeled.mat and splits.mat
+    nyuv2: str | None = None  # the folder of nyu_depth_v2_labeled.mat and splits.mat, or of lists of pairs
     workers: int = 2  # loader processes for the unlabeled stream
     in_memory: bool = False  # decode once; for small sets of equally sized images
+    skip_unreadable: bool = False  # go on without images that cannot be read, and count them; else they end the run
     group_pattern: str | None = None  # regex on a label file's stem; images of one group never part train from meta
     neighbours: int = 1  # or: this many consecutive labelled images are one group, as frames of one place
 
@@ -59,6 +60,7 @@ class ViewsConfig:
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # probability for the first, second global and the local views
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.2  # second global view only
+    augment: str = "kornia"  # on the device; or kornia_compiled: by torch.compile; or torchvision: in loader processes
 
 
 @dataclass
@@ -67,13 +69,60 @@ class BackboneConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm
     weights: str | None = None  # a local file
     min_match: float = 0.9  # refuse weights that fill less of the model
-    attention: str = "sdpa"  # or math: plain matrix products, which bfloat16 CPUs run faster on short sequences
+    keep_grid: bool = False  # keep the positions' table as it was trained, not resampled to views.global_size
+    attention: str = "sdpa"  # or math: plain matrix products; xformers; varlen: all crop sizes in one pass; auto
+    drop_path_mode: str = "timm"  # a mask; or subset: stochastic depth that leaves out the work, as DINOv2's
+    compile: bool = False  # torch.compile, block by block
+
+
+@dataclass
+class IBOTConfig:
+    """Patches that the student does not see (DINOv2; docs/architecture.md)."""
+
+    weight: float = 0.0  # DINOv2: 1
+    mask_probability: float = 0.5  # share of the global views that are masked
+    mask_ratio: tuple[float, float] = (0.1, 0.5)  # hidden share of a masked view's patches, from … to
+    separate_head: bool = False  # of its own for patches, of the same sizes; true in DINOv3
+
+
+@dataclass
+class GramConfig:
+    """Patch similarities of an earlier teacher (DINOv3, section 4)."""
+
+    weight: float = 0.0  # DINOv3's paper: 2
+    start: int = 0  # step; the paper begins late, after 1M steps
+    refresh: int = 10_000  # steps after which the Gram teacher is the EMA teacher again (the paper's)
+    level: str = "image"  # similarities within an image, or among all patches of the batch
+    negatives: str = "keep"  # or clip, clip_teacher: similarities below 0 count as 0
+    normalise: bool = True  # patches first, so that similarities are cosines
+
+
+@dataclass
+class IJEPAConfig:
+    """I-JEPA's predictor and blocks (arXiv 2301.08243, appendix A.1)."""
+
+    width: int = 384  # of the predictor
+    depth: int = 6  # 12 for ViT-L and larger
+    heads: int = 6
+    targets: int = 4  # blocks to predict in each image
+    target_scale: tuple[float, float] = (0.15, 0.2)  # share of the patches, from … to
+    target_aspect: tuple[float, float] = (0.75, 1.5)  # height over width
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    context_least: int = 5  # patches that must be left to see
+    beta: float = 1.0  # where smooth ℓ1 turns from squares to distances (the published code's)
 
 
 @dataclass
 class ObjectiveConfig:
-    """DINO head, temperatures, centre (method section 3)."""
+    """Which objective; DINO head, temperatures, centre (method section 3); what DINOv2 and DINOv3 add, each off."""
 
+    name: str = "dino"  # or ijepa, which reads teacher_momentum and the section `ijepa`
+    centering: str = "mean"  # or sinkhorn: Sinkhorn-Knopp in place of the moving centre (DINOv2)
+    sinkhorn_iterations: int = 3  # DINOv2's
+    koleo: float = 0.0  # weight of the spread of class tokens, summed over the two global views; DINOv2: 0.1
+    ibot: IBOTConfig = field(default_factory=IBOTConfig)
+    gram: GramConfig = field(default_factory=GramConfig)
+    ijepa: IJEPAConfig = field(default_factory=IJEPAConfig)
     out_dim: int = 8192
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
@@ -85,6 +134,7 @@ class ObjectiveConfig:
     center_momentum: float = 0.9
     teacher_momentum: float = 0.996  # cosine to 1
     freeze_last_layer: int = 0  # steps
+    head: str | None = None  # a DINO or DINOv2 training checkpoint whose heads, and centre, begin this run
 
 
 @dataclass
@@ -97,6 +147,8 @@ class OptimConfig:
     weight_decay_end: float = 0.04
     clip: float = 1.0
     freeze_backbone: int = 0  # steps: a fresh head warms up before it may move the backbone
+    layer_decay: float = 1.0  # of lr, from one block to the block before it; 0.9 in DINOv2 (optim.layerwise_decay)
+    patch_embed_lr_mult: float = 1.0  # of the patch embedding's lr, besides; 0.2 in DINOv2
 
 
 @dataclass
@@ -177,6 +229,18 @@ class FeedbackConfig:
 
 
 @dataclass
+class HealthConfig:
+    """What a run tells of itself (docs/health.md); none of it changes what is learnt."""
+
+    every: int = 0  # steps between measurements of RankMe, centre and k-NN; 0 takes none
+    images: int = 256  # unlabeled images that RankMe is measured on: their number bounds it
+    knn: str | None = None  # a folder with train/ and val/, one sub-folder a class; or scenes
+    knn_images: int = 1000  # of each of the two, evenly spaced; kept in memory
+    patience: int = 200  # steps that a collapse must last before it is said; healthy runs may begin uniform
+    spike: float = 6.0  # standard deviations above its late mean at which a loss is said to spike; 0 says nothing
+
+
+@dataclass
 class CheckpointConfig:
     every: int = 1000
     keep: int = 2
@@ -201,12 +265,19 @@ class Config:
     designer: DesignerConfig = field(default_factory=DesignerConfig)
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("value", "baseline", "random"),
     "precision": ("auto", "bf16", "fp32"),
-    "backbone.attention": ("sdpa", "math"),
+    "views.augment": ("kornia", "kornia_compiled", "torchvision"),
+    "objective.name": ("dino", "ijepa"),
+    "objective.centering": ("mean", "sinkhorn"),
+    "objective.gram.level": ("image", "batch"),
+    "objective.gram.negatives": ("keep", "clip", "clip_teacher"),
+    "backbone.attention": ("auto", "sdpa", "math", "xformers", "varlen"),
+    "backbone.drop_path_mode": ("timm", "subset"),
     "value.direction": ("dot", "cosine", "adam", "random"),
     "value.engine": ("auto", "finite_difference", "double_backward"),
     "value.combine": tuple(COMBINATIONS),
@@ -228,6 +299,11 @@ _AT_LEAST: dict[str, float] = {
     "feedback.updates": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "health.every": 0,
+    "health.images": 2,
+    "health.knn_images": 20,
+    "health.patience": 0,
+    "health.spike": 0,
     "views.global_size": 1,
     "views.local_size": 1,
     "views.local_count": 0,
@@ -236,6 +312,17 @@ _AT_LEAST: dict[str, float] = {
     "views.saturation": 0,
     "data.workers": 0,
     "data.neighbours": 1,
+    "objective.sinkhorn_iterations": 1,
+    "objective.koleo": 0,
+    "objective.ibot.weight": 0,
+    "objective.gram.weight": 0,
+    "objective.gram.start": 0,
+    "objective.gram.refresh": 1,
+    "objective.ijepa.width": 4,
+    "objective.ijepa.depth": 1,
+    "objective.ijepa.heads": 1,
+    "objective.ijepa.targets": 1,
+    "objective.ijepa.context_least": 1,
     "objective.out_dim": 1,
     "objective.hidden_dim": 1,
     "objective.bottleneck_dim": 1,
@@ -267,9 +354,11 @@ _AT_LEAST: dict[str, float] = {
 }
 _ABOVE_ZERO = {  # each with what the message says of it
     "objective.student_temp": "logits are divided by it; DINO uses 0.1",
+    "objective.ijepa.beta": "errors are divided by it; I-JEPA uses 1",
     "objective.teacher_temp": "logits are divided by it; DINO uses 0.04",
     "objective.teacher_temp_start": "logits are divided by it; DINO uses 0.04",
     "optim.clip": "it is the largest gradient norm; inf clips nothing",
+    "optim.layer_decay": "it multiplies the learning rate; 1 changes nothing, DINOv2 uses 0.9",
     "value.radius": "it is the step of the finite difference; null chooses it",
     "value.tolerance": "it is a relative error; the default is 5e-2",
     "designer.temperature": "values are divided by it; lower follows them more closely",
@@ -281,11 +370,22 @@ _SHARES = (  # in [0, 1]
     "views.solarize",
     "views.blur",
     "backbone.min_match",
+    "optim.layer_decay",
+    "optim.patch_embed_lr_mult",
+    "objective.ibot.mask_probability",
+    "objective.ibot.mask_ratio",
     "objective.center_momentum",
     "objective.teacher_momentum",
     "feedback.ema",
 )
-_RANGES = {"views.global_scale": 1.0, "views.local_scale": 1.0, "views.blur_sigma": math.inf}  # (low, high): most
+_RANGES = {  # (low, high): most
+    "views.global_scale": 1.0,
+    "views.local_scale": 1.0,
+    "views.blur_sigma": math.inf,
+    "objective.ijepa.target_scale": 1.0,
+    "objective.ijepa.target_aspect": math.inf,
+    "objective.ijepa.context_scale": 1.0,
+}
 
 
 def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -334,6 +434,7 @@ def check(config: Config) -> Config:
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, float) and not math.isfinite(number) and (key, number) != ("optim.clip", math.inf):
                 raise UserError(f"{key}={value}: must be finite")
+    _check_koleo(config)
     for key, least in _AT_LEAST.items():
         if get(key) < least:
             why = " (batch statistics and the loss's pairs need it)" if "batch" in key else ""
@@ -378,14 +479,77 @@ def check(config: Config) -> Config:
             "designer.through_teacher=True has no effect with designer.teacher_views=plain, where the targets do not "
             "depend on the masks; choose designer.teacher_views=masked or designer.through_teacher=false"
         )
+    _check_objective(config)
     if config.objective.teacher_temp >= config.objective.student_temp:
         raise UserError(
             f"objective.teacher_temp={config.objective.teacher_temp} is not below student_temp="
             f"{config.objective.student_temp}: the teacher would not sharpen; DINO uses 0.04 and 0.1"
         )
+    if config.health.knn is not None and not config.health.every:
+        raise UserError(
+            f"health.knn={config.health.knn} is measured every health.every steps, which is 0: set it, for example "
+            f"health.every={max(1, config.steps // 20)}"
+        )
+    if config.objective.head is not None and config.objective.name != "dino":
+        raise UserError(f"objective.head is DINO's: objective.name={config.objective.name} has none; leave it out")
+    if config.objective.head is not None and config.start_from is not None:
+        raise UserError("start_from has a head of its own: leave out objective.head, or give backbone.weights instead")
     if config.method != "baseline" and not (config.data.ade20k or config.data.nyuv2):
         raise UserError(f"method={config.method} needs labels: give data.ade20k=PATH and/or data.nyuv2=PATH")
     return config
+
+
+def _check_objective(config: Config) -> None:
+    """Options of the objective that do not go together."""
+    o, i, j = config.objective, config.objective.ibot, config.objective.ijepa
+    if o.name == "ijepa":
+        other = {
+            "objective.ibot.weight": i.weight,
+            "objective.koleo": o.koleo,
+            "objective.gram.weight": o.gram.weight,
+            "objective.freeze_last_layer": o.freeze_last_layer,
+        }
+        set_too = [f"{key}={value:g}" for key, value in other.items() if value]
+        set_too += ["objective.centering=sinkhorn"] * (o.centering == "sinkhorn")
+        set_too += ["objective.batch_norm=true"] * o.batch_norm
+        if set_too:
+            raise UserError(
+                f"objective.name=ijepa with {set_too[0]}: I-JEPA has no prototypes and no class token to train; leave "
+                "it out, or choose objective.name=dino"
+            )
+        if config.views.local_count:
+            raise UserError(
+                f"objective.name=ijepa with views.local_count={config.views.local_count}: I-JEPA predicts within a "
+                "view and has no use for local ones; set views.local_count=0"
+            )
+        if j.width % 4 or j.width % j.heads:
+            raise UserError(
+                f"objective.ijepa.width={j.width}: must be a multiple of 4 and of objective.ijepa.heads={j.heads}"
+            )
+    low, high = i.mask_ratio
+    if i.weight and not (low <= high and high > 0 and i.mask_probability > 0):
+        raise UserError(
+            f"objective.ibot.mask_ratio={i.mask_ratio}, mask_probability={i.mask_probability}: no patch would be "
+            "hidden; give the lower ratio first, and both above 0"
+        )
+    if i.weight and o.batch_norm:
+        raise UserError(
+            "objective.ibot with objective.batch_norm=true: a batch may hide too few patches for statistics; set "
+            "objective.batch_norm=false"
+        )
+
+
+def _check_koleo(config: Config) -> None:
+    """Before the bounds, whose message would not say why."""
+    sizes = {"optim.batch_size": config.optim.batch_size}
+    if config.method != "baseline":
+        sizes["value.batch_size"] = config.value.batch_size
+    for key, size in sizes.items():
+        if config.objective.koleo and size < 2:
+            raise UserError(
+                f"objective.koleo={config.objective.koleo} with {key}={size}: a feature needs a neighbour among "
+                f"the other images of its crop; raise {key} to 2 or more, or set objective.koleo=0"
+            )
 
 
 def _check_designer(name: str) -> None:

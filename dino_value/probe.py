@@ -25,8 +25,9 @@ from dino_value.data import open_views
 from dino_value.data.sampling import Stream
 from dino_value.errors import UserError
 from dino_value.feedback import FeedbackTask, batch_gradient
+from dino_value.objectives.interface import State
 from dino_value.steer import Steer
-from dino_value.steps import State, make_views
+from dino_value.steps import make_views
 from dino_value.train import Run
 from dino_value.value import (
     Gradient,
@@ -94,7 +95,7 @@ class _Probe:
         weights = [task.weight for task in targets]
         self.g_down = combine([_pool_gradient(run, steer, task) for task in targets], weights)
         self.held = [_Held(run, steer, task) for task in targets]
-        views = open_views(config.data.unlabeled, config.views, config.data.in_memory)
+        views = open_views(config.data.unlabeled, config.views, config.data.in_memory, config.data.skip_unreadable)
         images = {task.source.name(i) for task in steer.feedback for i in task.meta_indices + task.held_indices}
         self.stream = Stream(views.without(images), config.optim.batch_size, seed, "probe")
 

@@ -19,9 +19,10 @@ from dino_value.data.sampling import Cursor, Source, Stream, generator, key
 from dino_value.designers import DESIGNERS, RandomMasks, sparsity, total_variation
 from dino_value.errors import UserError
 from dino_value.feedback import downstream_gradient, fit_head, held_gradients, open_feedback
-from dino_value.objectives.dino import DINOLoss
+from dino_value.objectives.interface import Draw, Objective, Parts, State
+from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.optim import FiniteGuard
-from dino_value.steps import Learner, SSLTask, State, Tail, Views, design_views, make_views
+from dino_value.steps import Learner, SSLTask, Tail, Views, constant, design_views, make_views
 from dino_value.track import Meters
 from dino_value.value import (
     DIRECTIONS,
@@ -67,7 +68,7 @@ class Steer:
         config: Config,
         student: Learner,
         teacher: Learner,
-        loss: DINOLoss,
+        loss: Objective,
         optimizer: torch.optim.Optimizer,
         guard: FiniteGuard,
         meters: Meters,
@@ -75,7 +76,7 @@ class Steer:
         autocast: Callable[[], torch.autocast],
     ) -> None:
         self.config, self.guard, self.meters, self.autocast = config, guard, meters, autocast
-        self.device = device = loss.center.device
+        self.device = device = next(student.parameters()).device
         self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
         backbone = student.backbone
         self.scope = open_scope(config, backbone, backbone.final_norm)
@@ -124,7 +125,7 @@ class Steer:
         return learned
 
     @torch.no_grad()
-    def chosen_views(self, views: Views, targets: Tensor) -> Views:
+    def chosen_views(self, views: Views, targets: Parts) -> Views:
         """Of n candidates for each local slot the one of highest value, or the first before any update:
         [N·n·B 3 h w] to [N·B 3 h w]. The views as they are with another designer."""
         if self.config.designer.closed_form != "best_of_n":
@@ -132,36 +133,51 @@ class Steer:
         n, small = self.config.designer.candidates, views.small.unflatten(0, (-1, views.batch))
         if self.direction is None:
             return Views(views.large, small[::n].flatten(0, 1))
+        assert isinstance(self.loss, SelfDistillation)  # config.py: no other has local crops
         start = self.scope.start
         with evaluating(self.student):
             state = views.small if start is None else self.student.backbone(views.small, stop=start)
-        values = self._values([state], targets).mean(0)
+        values = self._values(self.loss.local_terms, full(state), targets, start).mean(0)
         images = torch.arange(views.batch, device=values.device)
         return Views(views.large, small[best_of(values, n), images].flatten(0, 1))
 
-    def term_weights(self, states: Sequence[State], targets: Tensor) -> Tensor | None:
-        """Weights [2 V B] of the loss's terms, mean one, from hidden states that the step has anyway; none before the
-        first update, or with another designer."""
+    def term_weights(self, states: Sequence[State], targets: Parts, draw: Draw) -> Parts | None:
+        """Weights of the loss's terms, of mean one in each part of it, from hidden states that the step has anyway;
+        none before the first update, or with another designer."""
         if self.config.designer.closed_form != "weights" or self.direction is None:
             return None
-        weights, values = self._weights(states, targets)
-        # ⟨u, g_pre⟩ of the very step, without and with the weights.
-        self.meters.add(plain_value=self.loss.mean(values), weighted_value=self.loss.mean(values, weights))
+        weights, values = self._weights(states, targets, draw)
+        # ⟨u, g_pre⟩ of the very step, without and with the weights: the loss is linear in its terms.
+        plain, weighted = (self.loss.total(self.loss.parts(values, draw, given)) for given in (None, weights))
+        self.meters.add(plain_value=plain, weighted_value=weighted)
         return weights
 
-    def _weights(self, states: Sequence[State], targets: Tensor) -> tuple[Tensor, Tensor]:
-        d, values = self.config.designer, self._values(states, targets)
-        return value_weights(values, d.temperature, d.weight_clip, self.loss.pairs(values)), values
+    def _weights(self, states: Sequence[State], targets: Parts, draw: Draw) -> tuple[Parts, Parts]:
+        d = self.config.designer
+        shapes: dict[str, torch.Size] = {}
+
+        def flat(student: Learner, *arguments: Any) -> Tensor:
+            terms = self.loss.losses(student, *arguments)
+            shapes.update({name: part.shape for name, part in terms.items()})
+            return torch.cat([part.flatten() for part in terms.values()])
+
+        found = self._values(flat, [full(state) for state in states], targets, self.scope.start, draw)
+        sizes = [shape.numel() for shape in shapes.values()]
+        values = {name: v.view(shapes[name]) for name, v in zip(shapes, found.split(sizes), strict=True)}
+        weights = {
+            name: value_weights(values[name], d.temperature, d.weight_clip, valid)
+            for name, valid in self.loss.weighable(values).items()
+        }
+        return weights, values
 
     @torch.no_grad()
-    def _values(self, states: Sequence[State], targets: Tensor) -> Tensor:
-        """v [2 V B]: how much one step on each term of the loss lowers the downstream loss, in float32."""
+    def _values(self, terms: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """v, of the shape of terms(student, *arguments): how much one step on each lowers the downstream loss."""
         assert self.direction is not None
-        tail = Tail(self.student, self.scope, targets.shape[1])
-        states = [state.full() if not isinstance(state, Tensor) else state.float() for state in states]
+        tail = Tail(self.student)
         with evaluating(self.student), torch.autocast(self.device.type, enabled=False):
             return term_values(
-                lambda parameters: self.loss.terms(tail.logits(states, parameters), targets),
+                lambda parameters: tail.at(parameters, terms, *arguments),
                 self.scope.parameters(self.student.backbone),
                 self.direction,
             )
@@ -184,9 +200,13 @@ class Steer:
             step: the learner's, for messages.
             temperature: the teacher's.
         """
+        # No pass of an update may give θ a gradient, or differ from the next by what stochastic depth has drawn.
+        with constant(self.student), evaluating(self.student):
+            self._update(step, temperature)
+
+    def _update(self, step: int, temperature: float) -> None:
         config, number, backbone = self.config, self.updates, self.student.backbone
         torch.manual_seed(key(config.seed, "designer step", number))
-        self.student.eval()  # stochastic depth would make every pass, and both ends of a difference, another function
         for one in self.feedback:
             for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
                 fit_head(one, backbone, self.device, self.guard)
@@ -214,7 +234,6 @@ class Steer:
             self.guard.step(self.designer_optimizer)
         if config.value.diagnose and number % config.value.diagnose == 0:
             metrics |= self._diagnose(views, temperature, parameters, list(gradients.values()))
-        self.student.train()
         self.updates += 1
         self.meters.add(**metrics)
 
@@ -277,7 +296,7 @@ class Steer:
         designer = self.designer if designed else None
         task = self._task(views, temperature, designer, seed)
         if designed and self.config.designer.closed_form == "weights" and self.direction is not None:
-            task.weigh = lambda states, targets: self._weights(states, targets)[0]
+            task.weigh = lambda *arguments: self._weights(*arguments)[0]
         return task
 
     def _task(self, views: Views, temperature: float, designer: nn.Module | None, seed: int | None = None) -> SSLTask:
@@ -346,7 +365,7 @@ class Steer:
         gain = value_gain(
             self.task(views, temperature),
             self.task(views, temperature, designed=False),
-            self._task(views, temperature, noise),
+            self._task(views, temperature, noise, 0),  # what the objective draws as in the other two
             parameters,
             g_held,
         )
@@ -391,6 +410,11 @@ class Steer:
         if self.designer is not None and self.designer_optimizer is not None:
             self.designer.load_state_dict(state["designer"])
             self.designer_optimizer.load_state_dict(state["optimizer"])
+
+
+def full(state: State) -> State:
+    """In float32: differences do not survive bfloat16."""
+    return state.float() if isinstance(state, Tensor) else state.full()
 
 
 @contextlib.contextmanager

@@ -2,33 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dino_value.backbones import Backbone, Hidden
-from dino_value.config import DesignerConfig, ViewsConfig
+from dino_value.config import Config, DesignerConfig, ViewsConfig
 from dino_value.data.sampling import generator
 from dino_value.data.views import augment
 from dino_value.designers import fill_in, learned_views
-from dino_value.objectives.dino import DINOHead, DINOLoss
+from dino_value.errors import UserError
+from dino_value.objectives.ijepa import IJEPA, PredictorSizes
+from dino_value.objectives.interface import Draw, Objective, Parts, State
+from dino_value.objectives.self_distillation import IBOT, Gram, HeadSizes, SelfDistillation
 from dino_value.optim import update_ema
 from dino_value.value import Scope
 
 
 class Learner(nn.Module):
-    """Backbone and projection head: the student, and with averaged weights the teacher."""
+    """Backbone and an objective's heads: the student, and with averaged weights the teacher.
 
-    def __init__(self, backbone: Backbone, head: DINOHead) -> None:
+    `patch_head` and `mask_token` are iBOT's, where it has them.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        patch_head: nn.Module | None = None,
+        mask_token: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.patch_head, self.mask_token = backbone, head, patch_head, mask_token
 
     def forward(self, *groups: Tensor) -> Tensor:
         """Views grouped by size, each [V_i·B 3 h w] -> logits [ΣV_i·B K]; crops of one size are one batch."""
-        return self.head(torch.cat([self.backbone(group).cls for group in groups if len(group)]))
+        return self.head(torch.cat(self.backbone([group for group in groups if len(group)], cls_only=True)))
+
+    def zero_last_layers(self) -> None:
+        """Drop the gradient of the prototypes."""
+        for name, module in self.named_modules():
+            if name.endswith("last_layer"):
+                module.zero_grad()
+
+
+def build_objective(config: Config, backbone: Backbone, device: torch.device) -> Objective:
+    """The configured objective, on `device`, for a backbone that it can train.
+
+    Raises:
+        UserError: the backbone cannot have patches hidden, or I-JEPA's blocks do not fit its grid.
+    """
+    c, i = config.objective, config.objective.ibot
+    hides = c.name == "ijepa" or i.weight > 0
+    if hides:
+        check_hiding(backbone, config.views.global_size)
+    if c.name == "ijepa":
+        j = c.ijepa
+        blocks = {
+            "targets": j.targets,
+            "target_scale": j.target_scale,
+            "target_aspect": j.target_aspect,
+            "context_scale": j.context_scale,
+            "least": j.context_least,
+        }
+        objective = IJEPA(PredictorSizes(j.width, j.depth, j.heads), blocks, j.beta)
+        check_blocks(objective, config.views.global_size, backbone.patch_size)
+        return objective.to(device)
+    g = c.gram
+    return SelfDistillation(
+        HeadSizes(c.out_dim, c.hidden_dim, c.bottleneck_dim, c.batch_norm),
+        c.student_temp,
+        c.center_momentum,
+        c.sinkhorn_iterations if c.centering == "sinkhorn" else 0,
+        c.koleo,
+        IBOT(i.weight, i.mask_probability, i.mask_ratio, i.separate_head),
+        Gram(g.weight, g.start, g.refresh, g.level, g.negatives, g.normalise),
+        backbone,
+    ).to(device)
+
+
+@torch.no_grad()
+def check_hiding(backbone: Backbone, size: int) -> None:
+    """Raises:
+    UserError: what enters the backbone's blocks is not one token for each patch of the image.
+    """
+    shapes: list[torch.Size] = []
+
+    def seen(tokens: Tensor) -> Tensor:
+        shapes.append(tokens.shape)
+        return tokens
+
+    images = torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)
+    entered = backbone(images, stop=0, replace=seen).tokens.shape[1] - backbone.num_prefix_tokens
+    patches = (size // backbone.patch_size) ** 2
+    if entered != patches or shapes[0][1:-1].numel() != patches:
+        raise UserError(
+            f"backbone.name={backbone.name} cannot have patches hidden, as objective.ibot and objective.name=ijepa "
+            f"need: {entered} patch tokens enter its blocks where the image has {patches}; choose a plain vit_* model, "
+            "without patch_drop_rate"
+        )
+
+
+def check_blocks(objective: IJEPA, size: int, patch_size: int, draws: int = 100) -> None:
+    """Raises:
+    UserError: I-JEPA's blocks leave no context on this grid.
+    """
+    images = torch.empty(2, 3, size, size, device="meta")
+    try:
+        for number in range(draws):
+            objective.draw(images, patch_size, generator(0, "try blocks", number))
+    except ValueError as error:
+        raise UserError(f"objective.ijepa with views.global_size={size}: {error}") from None
 
 
 class Views(NamedTuple):
@@ -44,10 +132,6 @@ class Views(NamedTuple):
     def first(self, count: int) -> Views:
         """The views of the first `count` images."""
         return Views(*(group.unflatten(0, (-1, self.batch))[:, :count].flatten(0, 1) for group in self))
-
-
-State = Tensor | Hidden
-"""Where a learner is cut: views of one size, or the tokens that enter the scope's first block."""
 
 
 def make_views(
@@ -83,53 +167,53 @@ def design_views(designer: nn.Module, views: Views, config: DesignerConfig, seed
     return Views(large, small), masks
 
 
-@torch.no_grad()
-def teacher_targets(teacher: Learner, large: Tensor, loss: DINOLoss, temperature: float) -> tuple[Tensor, Tensor]:
-    """Global views [2B 3 H W] to targets [2 B K], and the logits that the centre is updated with."""
-    logits = teacher(large).unflatten(0, (2, -1))
-    return loss.targets(logits, temperature), logits
+@contextlib.contextmanager
+def constant(*modules: nn.Module) -> Iterator[None]:
+    """Parameters without gradients, so that no graph reaches them.
+
+    Backward passes through such a graph belong inside too: activation checkpointing runs its blocks again there, and
+    must find them as they were.
+    """
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
-def student_states(student: Learner, views: Views, start: int | None) -> list[State]:
-    """The student's states as they enter block `start`, one a crop size; the views themselves where `start` is None."""
-    groups = [group for group in views if len(group)]
-    return list(groups) if start is None else [student.backbone(group, stop=start) for group in groups]
+class Tail(nn.Module):
+    """Functions of the student at other values of θ_S; everything else about it is constant."""
 
+    def __init__(self, student: Learner) -> None:
+        super().__init__()
+        self.student = student
+        self._constants = {f"student.{name}": value.detach() for name, value in student.named_parameters()}
 
-def student_logits(student: Learner, states: Sequence[State], start: int | None, batch: int) -> Tensor:
-    """Onward from `student_states` to logits [V B K]."""
-    cls = torch.cat([student.backbone(state, start=start or 0).cls for state in states])
-    return student.head(cls).unflatten(0, (-1, batch))
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.student, *arguments)
 
-
-class Tail:
-    """The student from `student_states` on, as a function of θ_S alone; everything else is constant."""
-
-    def __init__(self, student: Learner, scope: Scope, batch: int) -> None:
-        self.student, self.scope, self.batch = student, scope, batch
-        self._backbone = {name: value.detach() for name, value in student.backbone.named_parameters()}
-        self._head = {name: value.detach() for name, value in student.head.named_parameters()}
-
-    def logits(self, states: Sequence[State], parameters: Mapping[str, Tensor]) -> Tensor:
-        """[V B K] at other values of θ_S."""
-        weights = {**self._backbone, **parameters}
-        start = {"start": self.scope.start or 0}
-        cls = [functional_call(self.student.backbone, weights, (state,), start).cls for state in states]
-        return functional_call(self.student.head, self._head, (torch.cat(cls),)).unflatten(0, (-1, self.batch))
+    def at(self, parameters: dict[str, Tensor], function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(student, *arguments), with `parameters` of its backbone in place of its own."""
+        moved = {f"student.backbone.{name}": value for name, value in parameters.items()}
+        return functional_call(self, {**self._constants, **moved}, (function, *arguments))
 
 
 class SSLTask:
     """How L_pre depends on φ and on θ_S (contract of `dino_value.value`): views → masks → student trunk → tail → loss.
 
     Both learners' parameters are constants of the trunk, and all but S of the tail: no graph ever reaches θ. Without a
-    `designer` the views are seen as they are. `weigh`, if it is set, gives the loss's terms constant weights.
+    `designer` the views are seen as they are. `weigh`, if it is set, gives the loss's terms constant weights, from
+    (states, targets, draw). What is random about masks and objective follows from `seed`.
     """
 
     def __init__(
         self,
         student: Learner,
         teacher: Learner,
-        loss: DINOLoss,
+        loss: Objective,
         temperature: float,
         designer: nn.Module | None,
         views: Views,
@@ -139,49 +223,57 @@ class SSLTask:
     ) -> None:
         self.student, self.teacher, self.loss, self.temperature = student, teacher, loss, temperature
         self.designer, self.views, self.config, self.scope, self.seed = designer, views, config, scope, seed
+        self.draw: Draw = loss.draw(views.large, student.backbone.patch_size, generator(seed, "objective"))
         self.masks: Tensor | None = None
-        self.weigh: Callable[[Sequence[State], Tensor], Tensor | None] | None = None
-        self._weights: Tensor | None = None
+        self.weigh: Callable[[Sequence[State], Parts, Draw], Parts | None] | None = None
+        self._weights: Parts | None = None
         self._cuts: list[tuple[Tensor | None, tuple[int, int]] | None] = []
-        self._backbone = {name: value.detach() for name, value in student.backbone.named_parameters()}
-        self._teacher = {name: value.detach() for name, value in teacher.named_parameters()}
-        self._tail = Tail(student, scope, views.batch)
+        self._targets: list[str] = []
+        self._tail = Tail(student)
 
     def trunk(self) -> tuple[Tensor, ...]:
-        """(student states at the scope's first block, one a crop size; teacher targets [2 B K])."""
+        """Student states at the scope's first block, one a crop size, and then the targets."""
         designed = self.views
         if self.designer is not None:
             designed, self.masks = design_views(self.designer, self.views, self.config, self.seed)
         seen = designed.large if self.config.teacher_views == "masked" else self.views.large
-        with torch.set_grad_enabled(self.config.through_teacher and torch.is_grad_enabled()):
-            logits = functional_call(self.teacher, self._teacher, (seen,)).unflatten(0, (2, -1))
-            targets = self.loss.targets(logits, self.temperature)
-        states: list[State] = [group for group in designed if len(group)]
-        if self.scope.start is not None:
-            stop = {"stop": self.scope.start}
-            states = [functional_call(self.student.backbone, self._backbone, (group,), stop) for group in states]
+        with constant(self.student, self.teacher):
+            with torch.set_grad_enabled(self.config.through_teacher and torch.is_grad_enabled()):
+                targets, _ = self.loss.teach(self.teacher, seen, self.temperature, self.draw)
+            states = self.loss.states(self.student, designed, self.scope.start, self.draw)
         if self.weigh is not None:
-            self._weights = self.weigh(states, targets)
+            self._weights = self.weigh(states, targets, self.draw)
+        self._targets = list(targets)
         self._cuts = [None if isinstance(state, Tensor) else (state.rope, state.grid) for state in states]
-        return (*(state if isinstance(state, Tensor) else state.tokens for state in states), targets)
+        return (*(state if isinstance(state, Tensor) else state.tokens for state in states), *targets.values())
 
     def tail(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
-        """The DINO loss, pure in `parameters`."""
-        *tokens, targets = hidden
-        states = [part if cut is None else Hidden(part, *cut) for part, cut in zip(tokens, self._cuts, strict=True)]
-        return self.loss.mean(self.loss.terms(self._tail.logits(states, parameters), targets), self._weights)
+        """The loss, pure in `parameters`."""
+        return self._loss(hidden, parameters, len(self._cuts), self._weights)
 
     def reached(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
-        """The part of the loss that φ reaches: the terms of the global crops, where φ leaves the local ones and the
-        targets as they are, and images do not meet in the head's batch norm; else all of the loss."""
-        large, *small, targets = hidden
-        mixed = self._weights is not None or any(isinstance(part, nn.BatchNorm1d) for part in self.student.head.mlp)
-        if mixed or any(state.requires_grad for state in (*small, targets)):
+        """The part of the loss that φ reaches: what is about the global crops alone, where φ leaves the local ones and
+        the targets as they are, and images do not meet in the head's batch norm; else all of the loss."""
+        small = len(self._cuts) > 1
+        mixed = self._weights is not None or any(isinstance(m, nn.BatchNorm1d) for m in self.student.head.modules())
+        if not small or mixed or any(state.requires_grad for state in hidden[1:]):
             return self.tail(hidden, parameters)
-        cut, views = self._cuts[0], 2 + len(self.views.small) // self.views.batch
-        state = large if cut is None else Hidden(large, *cut)
-        terms = self.loss.terms(self._tail.logits([state], parameters), targets)
-        return self.loss.mean(terms) / (views - 1)  # both means are over 2 · (views − 1) pairs, here of two views
+        return self._loss(hidden, parameters, 1, views=2 + len(self.views.small) // self.views.batch)
+
+    def _loss(
+        self,
+        hidden: tuple[Tensor, ...],
+        parameters: dict[str, Tensor],
+        groups: int,
+        weights: Parts | None = None,
+        views: int | None = None,
+    ) -> Tensor:
+        """From the first `groups` of the student's states."""
+        tokens = zip(hidden[:groups], self._cuts, strict=False)
+        states = [part if cut is None else Hidden(part, *cut) for part, cut in tokens]
+        targets = dict(zip(self._targets, hidden[len(self._cuts) :], strict=True))
+        terms = self._tail.at(parameters, self.loss.losses, states, targets, self.scope.start, self.draw)
+        return self.loss.total(self.loss.parts(terms, self.draw, weights, views))
 
 
 def update_teacher(student: Learner, teacher: Learner, momentum: float) -> None:

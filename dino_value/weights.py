@@ -14,16 +14,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_value.errors import UserError
 
@@ -94,16 +95,30 @@ _REGISTERS = ("register_tokens", "storage_tokens", "reg_token")
 # Reading
 
 
-def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """What a .pth file holds, weights-only: tensors, containers, and the argparse.Namespace of main_dino.py.
+# What main_dino.py leaves in its checkpoints beside tensors and containers: its arguments, and as learning rate and
+# weight decay of the optimizer's groups scalars of its schedules' numpy arrays, under numpy 1's or numpy 2's names.
+_float64 = np.dtype(np.float64)
+_scalar = _float64.type(0).__reduce__()[0]
+_KNOWN: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    type(_float64),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+]
 
-    Of a Namespace the unpickler sets attributes and nothing else: no code of the file's choosing can run.
+
+def read_pickle(path: str | os.PathLike[str]) -> Any:
+    """What a .pth file holds, weights-only: tensors, containers, and what main_dino.py writes beside them.
+
+    Of an argparse.Namespace the unpickler sets attributes, and of numpy it makes numbers: no code of the file's
+    choosing can run.
 
     Raises:
         UserError: unreadable, or holding an object of any other class.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_KNOWN):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path}: not a readable weights file: {_first_line(error)}") from None
@@ -307,6 +322,37 @@ def _prefix(weights: Weights, model: Any) -> int:
     return 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
 
 
+def fit_positions(modules: Iterable[nn.Module], state: Mapping[str, Any], keep_grid: bool) -> str | None:
+    """Have the backbones in `modules` place patches as those of `state` did, a checkpoint of ours, which is not loaded.
+
+    They take its rule, and with `keep_grid` its grid; without, its tables [1 P+N D] are resampled to theirs. Parameters
+    stay the objects that an optimizer may hold already.
+
+    Returns:
+        What was resampled, in words; None where nothing was.
+    """
+    rule, said = Positions(*state.get("positions", TIMM)), None
+    backbones: list[Any] = [part for module in modules for part in module.modules() if hasattr(part, "positions")]
+    for backbone in backbones:
+        backbone.positions = rule
+    model = backbones[0].model
+    for tensors in (state.get(part, {}) for part in ("student", "teacher", "objective")):
+        for name in [name for name in tensors if name.endswith("model.pos_embed")]:
+            prefix = 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
+            side, grid = math.isqrt(max(tensors[name].shape[1] - prefix, 0)), tuple(model.patch_embed.grid_size)
+            if side == 0 or side**2 + prefix != tensors[name].shape[1] or grid == (side, side):
+                continue
+            if not keep_grid:
+                tensors[name] = rule.resample(tensors[name], grid, prefix)
+                said = f"position embedding resampled from {side}×{side} to {grid[0]}×{grid[1]}"
+                continue
+            for backbone in backbones:
+                backbone.kwargs["img_size"] = side * backbone.patch_size
+                backbone.model.patch_embed.set_input_size(img_size=(side * backbone.patch_size,) * 2)
+                backbone.model.pos_embed.data = torch.empty_like(tensors[name], device=backbone.model.pos_embed.device)
+    return said
+
+
 def misfits(weights: Weights, model: Any, name: str) -> list[str]:
     """How the file's architecture differs from the model's, each with what to change; the width comes first."""
     found = []
@@ -341,16 +387,19 @@ def _known(name: str) -> str | None:
 # DINO's head and centre
 
 
-def head_from(content: Any) -> dict[str, Tensor]:
+def head_from(content: Any, part: str | None = None) -> dict[str, Tensor]:
     """The projection head of a DINO or DINOv2 checkpoint (`read_pickle`), under the names of our DINOHead.
 
     Theirs keeps the last layer as gain and direction (weight norm). With the gain at one, as published, ours is the
     same function of the same directions. Running statistics of batch norm are left out: ours uses the batch's.
 
+    Args:
+        part: `teacher` or `student`; None takes the teacher's, where a file holds two.
+
     Raises:
         UserError: it has no head, or one whose gain was trained (norm_last_layer=False).
     """
-    tensors = network(content)
+    tensors = network(content) if part is None else _part(content, part)
     head: dict[str, Tensor] = {}
     for prefix in ("head.", "dino_head."):
         head = head or {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
@@ -372,6 +421,18 @@ def head_from(content: Any) -> dict[str, Tensor]:
     return head
 
 
+def _part(content: Any, part: str) -> dict[str, Tensor]:
+    """The student's or the teacher's tensors of a training checkpoint; none, where it does not tell them apart."""
+    if not isinstance(content, dict):
+        return {}
+    if isinstance(content.get(part), dict):
+        return network(content[part])
+    if isinstance(content.get("model"), dict):  # DINOv2 trains with both in one module
+        return _part(content["model"], part)
+    tensors = {name: value for name, value in content.items() if _WRAPPING.sub("", str(name)).startswith(f"{part}.")}
+    return network(tensors)
+
+
 _RUNNING = re.compile(r"running_(mean|var)$|num_batches_tracked$")
 
 
@@ -380,3 +441,72 @@ def center_from(content: Any) -> Tensor | None:
     loss = content.get("dino_loss") if isinstance(content, dict) else None
     found = loss.get("center") if isinstance(loss, dict) else None
     return found if isinstance(found, Tensor) else None
+
+
+def load_head(
+    path: str | os.PathLike[str], student: nn.Module, teacher: nn.Module, center: Tensor | None = None
+) -> str:
+    """Fill the DINOHeads of student and teacher, and `center` [1 K], from a checkpoint of DINO or DINOv2.
+
+    Each takes its own part of the file. Where that has one head alone, or the student's gain was trained, both take the
+    teacher's.
+
+    Returns:
+        What was taken, in words.
+
+    Raises:
+        UserError: the file is absent or unreadable, or has no head of this size.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"objective.head={path}: no such checkpoint")
+    if Path(path).suffix == ".safetensors":
+        raise UserError(
+            f"objective.head={path}: give the checkpoint.pth that training left; weights files have no head"
+        )
+    content = read_pickle(path)
+    try:
+        theirs = head_from(content)
+    except UserError as error:
+        raise UserError(f"objective.head={path}: {error}") from None
+    try:
+        own, said = head_from(content, "student"), "student and teacher each their own"
+    except UserError:
+        own, said = theirs, "the teacher's for both"
+    for module, tensors in ((student, own), (teacher, theirs)):
+        _fill_head(path, module, tensors)
+    said = f"{path}: read as DINO head ({said}): matched {len(theirs)}, missing 0, unexpected 0"
+    found = center_from(content)
+    if center is None or found is None:
+        return said
+    if found.numel() != center.numel():
+        return f"{said}; its centre is of {found.numel()} outputs, not {center.numel()}, and left out"
+    center.copy_(found.reshape(center.shape))
+    return f"{said}; with its centre"
+
+
+def _fill_head(path: str | os.PathLike[str], head: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    wanted = head.state_dict()
+    ours, theirs = _head_sizes(wanted), _head_sizes(tensors)
+    keys = [f"{key}={value}" for key, value in theirs.items() if key.startswith("objective.") and value != ours[key]]
+    if theirs["width"] != ours["width"]:
+        keys = [f"a backbone {theirs['width']} wide (this one is {ours['width']})", *keys]
+    if keys:
+        raise UserError(f"objective.head={path}: a head of another size: set {', '.join(keys)}")
+    if {n: v.shape for n, v in tensors.items()} != {n: v.shape for n, v in wanted.items()}:
+        missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+        raise UserError(
+            f"objective.head={path}: not DINO's head of three layers (missing {', '.join(missing) or 'none'}; "
+            f"unexpected {', '.join(unexpected) or 'none'}): start with a fresh head"
+        )
+    head.load_state_dict({name: value.float() for name, value in tensors.items()})
+
+
+def _head_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    first, last = tensors.get("mlp.0.weight"), tensors["last_layer.weight"]
+    return {
+        "width": None if first is None else first.shape[1],
+        "objective.out_dim": last.shape[0],
+        "objective.hidden_dim": None if first is None else first.shape[0],
+        "objective.bottleneck_dim": last.shape[1],
+        "objective.batch_norm": str(tensors.get("mlp.1.weight", last).ndim == 1).lower(),
+    }

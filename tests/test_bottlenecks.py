@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from dino_value import steer as steer_module
-from dino_value import train as train_module
 from dino_value.config import Config
 from dino_value.data.labelled import LabelledSource
 from dino_value.data.sampling import generator, key
 from dino_value.designers import fill_in
 from dino_value.feedback import FeedbackTask, downstream_gradient, fit_head
+from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.optim import FiniteGuard, cosine_schedule
 from dino_value.steer import Steer
-from dino_value.steps import Views, make_views, student_states
+from dino_value.steps import Views, make_views
 from dino_value.train import Run
 
 Make = Callable[..., Config]
@@ -341,22 +341,24 @@ def test_the_learners_step_leaves_phi_alone(tiny: Make) -> None:
 
 
 def test_the_learner_sees_views_without_a_graph(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tiny("designer.crops=all", "designer.through_teacher=true", "value.burn_in=1"))
     seen = []
+    states, teach = SelfDistillation.states, SelfDistillation.teach
 
-    def watched(student: Any, views: Views, start: int | None) -> Any:
+    def watched(self: Any, student: Any, views: Views, start: int | None, draw: Any) -> Any:
         seen.extend(views)
-        return student_states(student, views, start)
-
-    targets = train_module.teacher_targets
+        return states(self, student, views, start, draw)
 
     def made(*arguments: Any) -> Any:
-        found = targets(*arguments)
-        seen.extend(found)
-        return found
+        targets, logits = teach(*arguments)
+        seen.extend([targets["dino"], logits["dino"]])
+        return targets, logits
 
-    monkeypatch.setattr(train_module, "student_states", watched)
-    monkeypatch.setattr(train_module, "teacher_targets", made)
-    steps(Run(tiny("designer.crops=all", "designer.through_teacher=true")), 2)
+    steps(run, 2)  # the designer's update is over: what follows is the learner's
+    monkeypatch.setattr(SelfDistillation, "states", watched)
+    monkeypatch.setattr(SelfDistillation, "teach", made)
+    monkeypatch.setattr(Steer, "update", lambda self, step, temperature: None)
+    steps(run, 2)
     assert len(seen) == 8
     assert not any(part.requires_grad for part in seen)
 

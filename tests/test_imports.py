@@ -15,7 +15,9 @@ LEAVES = ("objectives", "designers", "heads", "data", "backbones")
 # Of ours a room may import itself, errors, and only these. (value/ is stricter: see below.)
 ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, ()),
-    "backbones": ("weights",),
+    "backbones": ("weights", "blocks", "attention"),
+    "blocks": (),
+    "attention": ("blocks",),
     "weights": (),
     "language": ("value", "optim", "checkpoint", "track", "config"),
     "slurm": ("cli",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from torch import nn
 
 from dino_value.backbones import create_backbone
+from dino_value.config import Config, load_config
+from dino_value.errors import UserError
 from dino_value.objectives.dino import DINOHead
 from dino_value.optim import cosine_schedule, linear_schedule, lr_scale, parameter_groups, update_ema
 from dino_value.steps import Learner
+from dino_value.train import Run
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 
@@ -150,3 +154,84 @@ def test_without_layer_decay_the_groups_are_as_ever() -> None:
     assert set(decayed) == {"params", "decay"}
     assert set(plain) == {"params", "decay", "weight_decay"}
     assert [group["lr_scale"] for group in parameter_groups(learner, patch_embed_scale=0.2)].count(0.2) == 2
+
+
+def test_layer_decay_cuts_the_published_groups_and_moves_nothing_between_them() -> None:
+    learner = small_learner()
+    names = {id(parameter): published_name(name) for name, parameter in learner.named_parameters()}
+    groups = parameter_groups(learner, layer_decay=0.9, patch_embed_scale=0.2)
+    with np.load(REFERENCE / "dino_param_groups.npz") as recorded:
+        for key, decay in (("decayed", True), ("not_decayed", False)):
+            found = [names[id(p)] for group in groups if group["decay"] is decay for p in group["params"]]  # type: ignore[attr-defined]
+            assert sorted(found) == sorted(recorded[key].tolist())
+
+
+DECAYED = ["method=baseline", "optim.layer_decay=0.5", "optim.patch_embed_lr_mult=0.2", "optim.warmup=2", "steps=6"]
+
+
+def steps(run: Run, count: int) -> Run:
+    for large, small in run.stream.iterate(run.step, run.step + count):
+        run.learner_update(large, small)
+    return run
+
+
+def test_a_run_scales_its_schedule_by_layer(tiny: Callable[..., Config]) -> None:
+    run = Run(tiny(*DECAYED, "optim.weight_decay_end=0.4"))
+    names = {id(parameter): name for name, parameter in run.student.named_parameters()}
+    for step in range(4):
+        steps(run, 1)
+        rate, decay = cosine_schedule(step, 6, 1e-3, 0, 2), cosine_schedule(step, 6, 0.04, 0.4)
+        assert run.schedules(step) == pytest.approx({"lr": rate, "weight_decay": decay})
+        for group in run.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                scale = lr_scale(name, 3, 0.5) * (0.2 if "patch_embed" in name else 1)
+                assert group["lr"] == pytest.approx(rate * scale)
+                assert group["weight_decay"] == pytest.approx(decay if group["decay"] else 0)
+
+
+def test_early_blocks_move_less(tiny: Callable[..., Config]) -> None:
+    """One step of Adam without decay moves every weight by its learning rate."""
+    plain = ["method=baseline", "optim.weight_decay=0", "optim.weight_decay_end=0", "optim.clip=.inf"]
+    run = Run(tiny(*plain, "optim.layer_decay=0.5"))
+    names = [f"backbone.model.blocks.{block}.mlp.fc1.weight" for block in range(3)] + ["head.mlp.0.weight"]
+    before = [run.student.get_parameter(name).detach().clone() for name in names]
+    steps(run, 1)
+    moved = [
+        (run.student.get_parameter(name) - old).abs().max().item() for name, old in zip(names, before, strict=True)
+    ]
+    assert moved == pytest.approx([1e-3 * 0.5**power for power in (3, 2, 1, 0)], rel=1e-3)
+
+
+def test_a_resumed_run_keeps_its_rates(tiny: Callable[..., Config]) -> None:
+    whole, first, second = Run(tiny(*DECAYED)), Run(tiny(*DECAYED)), Run(tiny(*DECAYED))
+    steps(whole, 4)
+    second.load_state_dict(steps(first, 2).state_dict())
+    steps(second, 2)
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, second.student.state_dict()[name]), name
+    assert [group["lr"] for group in whole.optimizer.param_groups] == [g["lr"] for g in second.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("key", ["optim.layer_decay", "optim.patch_embed_lr_mult"])
+@pytest.mark.parametrize("value", ["-0.1", "1.5"])
+def test_factors_outside_their_range(tiny_yaml: Path, key: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"{key}={value}: must"):
+        load_config(tiny_yaml, ["out=run", f"{key}={value}"])
+
+
+def test_a_frozen_backbone_is_untouched(tiny: Callable[..., Config]) -> None:
+    """Bit for bit, the student's by the optimizer (weight decay, moments) and the teacher's by the average."""
+    run = Run(
+        tiny("method=baseline", "optim.freeze_backbone=3", "optim.weight_decay=0.5", "optim.weight_decay_end=0.5")
+    )
+    before = {name: value.clone() for name, value in run.student.backbone.state_dict().items()}
+    steps(run, 3)
+    for learner in (run.student, run.teacher):
+        for name, value in learner.backbone.state_dict().items():
+            assert torch.equal(value, before[name]), name
+    backbone = set(map(id, run.student.backbone.parameters()))
+    assert not any(id(parameter) in backbone for parameter in run.optimizer.state)  # moments begin when it moves
+    steps(run, 1)
+    for learner in (run.student, run.teacher):
+        assert not torch.equal(learner.backbone.model.norm.weight, before["model.norm.weight"])

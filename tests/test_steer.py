@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from dino_value import train as train_module
 from dino_value.config import Config, load_config
 from dino_value.errors import UserError
 from dino_value.feedback import batch_gradient, downstream_gradient
+from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.steps import Views, make_views
 from dino_value.train import Run
 from dino_value.value import alignment, inner, mean_gradient, norm, value_weights
@@ -54,25 +54,26 @@ def naive_values(run: Run, views: Views, targets: Tensor) -> Tensor:
 def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The last learner step's student before the step, its views, targets and gradient."""
     seen: dict[str, Any] = {}
-    states, clip = train_module.student_states, torch.nn.utils.clip_grad_norm_
+    states, clip = SelfDistillation.states, torch.nn.utils.clip_grad_norm_
 
-    def kept(student: Any, views: Views, start: int | None) -> Any:
+    def kept(self: Any, student: Any, views: Views, start: int | None, draw: Any) -> Any:
         seen["views"], seen["student"] = views, copy.deepcopy(student)
-        return states(student, views, start)
+        return states(self, student, views, start, draw)
 
     def unclipped(parameters: Any, limit: float) -> Tensor:
         parameters = list(parameters)
         seen["gradient"] = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
         return clip(parameters, limit)
 
-    targets = train_module.teacher_targets
+    teach = SelfDistillation.teach
 
     def made(*arguments: Any) -> Any:
-        seen["targets"], logits = targets(*arguments)
-        return seen["targets"], logits
+        targets, logits = teach(*arguments)
+        seen["targets"] = targets["dino"]
+        return targets, logits
 
-    monkeypatch.setattr(train_module, "student_states", kept)
-    monkeypatch.setattr(train_module, "teacher_targets", made)
+    monkeypatch.setattr(SelfDistillation, "states", kept)
+    monkeypatch.setattr(SelfDistillation, "teach", made)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", unclipped)
     return seen
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_value.backbones import Backbone, create_backbone, load_backbone, load_weights, save_backbone
+from dino_value.checkpoint import load_checkpoint
+from dino_value.config import Config
 from dino_value.errors import UserError
+from dino_value.export import export
 from dino_value.objectives.dino import DINOHead
+from dino_value.train import Run, train
 from dino_value.weights import (
     DINO,
     PLAIN,
@@ -27,6 +33,7 @@ from dino_value.weights import (
     Positions,
     center_from,
     head_from,
+    load_head,
     read_header,
     read_pickle,
     read_tensors,
@@ -345,6 +352,23 @@ def test_the_namespace_is_allowed_for_the_load_alone() -> None:
         torch.load(REFERENCE / "dino_checkpoint.pth", weights_only=True)
 
 
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_the_numbers_of_numpy_in_a_full_checkpoint(module: str, tmp_path: Path) -> None:
+    """main_dino.py sets lr and weight decay from numpy arrays, so its optimizer's groups hold numpy.float64."""
+    content = {"teacher": {"backbone.cls_token": torch.ones(1)}, "optimizer": {"lr": np.float64(0.0005)}, "epoch": 3}
+    torch.save(content, tmp_path / "now.pth")
+    with zipfile.ZipFile(tmp_path / "now.pth") as old, zipfile.ZipFile(tmp_path / "full.pth", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):  # the module's name as numpy 1 or numpy 2 writes it
+                data, count = re.subn(rb"cnumpy\.\w+\.multiarray\n", f"c{module}\n".encode(), data)
+                assert count == 1
+            new.writestr(name, data)
+    found = read_pickle(tmp_path / "full.pth")
+    assert found["optimizer"]["lr"] == 0.0005
+    assert read_tensors(tmp_path / "full.pth").keys() == {"backbone.cls_token"}
+
+
 # DINO's head
 
 
@@ -386,6 +410,200 @@ def test_heads_that_cannot_be_taken() -> None:
     content["teacher"]["head.last_layer.weight_g"][0] = 2
     with pytest.raises(UserError, match="trained gain"):
         head_from(content)
+
+
+HEAD = ["objective.out_dim=40", "objective.hidden_dim=32", "objective.bottleneck_dim=16", "method=baseline"]
+NARROW = ["backbone.kwargs={patch_size: 8, embed_dim: 48, depth: 3, num_heads: 3}"]
+
+
+def training_checkpoint(path: Path, **changes: Any) -> dict[str, Any]:
+    """The recorded checkpoint with the student's gain at one, as trained, and a centre of the head's size."""
+    content: dict[str, Any] = read_pickle(REFERENCE / "dino_checkpoint.pth")
+    content["student"]["module.head.last_layer.weight_g"].fill_(1)
+    content["dino_loss"]["center"] = torch.linspace(-1, 1, 40)[None]
+    content |= changes
+    torch.save(content, path)
+    return content
+
+
+def test_a_run_begins_with_the_heads_of_a_checkpoint(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Student and teacher each with their own, whose logits are the published ones; and the teacher's centre."""
+    content = training_checkpoint(tmp_path / "checkpoint.pth")
+    run = Run(tiny(*HEAD, *NARROW))
+    run.start_head(str(tmp_path / "checkpoint.pth"))
+    values = recorded("dino_vit")
+    close(run.teacher.head(values["cls32"]), values["head_of_cls32"])
+    for part, head in (("student", run.student.head), ("teacher", run.teacher.head)):
+        prefix = "module.head" if part == "student" else "head"
+        assert torch.equal(head.mlp[0].weight, content[part][f"{prefix}.mlp.0.weight"])
+        assert torch.equal(head.last_layer.weight, content[part][f"{prefix}.last_layer.weight_v"])
+    assert torch.equal(run.loss.center, content["dino_loss"]["center"])
+    assert capsys.readouterr().err.strip() == (
+        f"{tmp_path / 'checkpoint.pth'}: read as DINO head (student and teacher each their own): matched 7, missing 0, "
+        "unexpected 0; with its centre"
+    )
+
+
+def test_the_head_is_taken_once_and_a_resumed_run_needs_no_file(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    content = training_checkpoint(tmp_path / "checkpoint.pth")
+    config = tiny(*HEAD, *NARROW, f"objective.head={tmp_path / 'checkpoint.pth'}", "optim.lr=0", "steps=2")
+    train(config, quiet=True)
+    (tmp_path / "checkpoint.pth").unlink()
+    (tmp_path / "run" / "checkpoints" / "step_00000002.pt").rename(tmp_path / "elsewhere.pt")
+    torch.save(torch.load(tmp_path / "elsewhere.pt") | {"step": 1}, tmp_path / "run/checkpoints/step_00000001.pt")
+    state = load_checkpoint(train(config, quiet=True))
+    assert state["step"] == 2
+    close(state["student"]["head.mlp.0.weight"], content["student"]["module.head.mlp.0.weight"])
+
+
+def test_one_head_serves_both(tmp_path: Path) -> None:
+    """Where there is no student's, or its gain was trained, as in the recorded file; the centre there is of K = 32."""
+    content = read_pickle(REFERENCE / "dino_checkpoint.pth")
+    del content["student"]
+    torch.save(content, tmp_path / "alone.pth")
+    for path in (tmp_path / "alone.pth", REFERENCE / "dino_checkpoint.pth"):
+        heads, center = (DINOHead(48, 40, 32, 16), DINOHead(48, 40, 32, 16)), torch.zeros(1, 40)
+        said = load_head(path, *heads, center)
+        assert said.endswith(
+            "(the teacher's for both): matched 7, missing 0, unexpected 0; its centre is of 32 outputs, "
+            "not 40, and left out"
+        )
+        for head in heads:
+            assert torch.equal(head.mlp[0].weight, content["teacher"]["head.mlp.0.weight"])
+        assert not center.any()
+
+
+def test_heads_of_dinov2_in_one_module(tmp_path: Path) -> None:
+    own, theirs = DINOHead(24, 12, 10, 8), DINOHead(24, 12, 10, 8)
+    model: dict[str, Tensor] = {}
+    for part, head in (("student", own), ("teacher", theirs)):
+        for name, value in head.state_dict().items():
+            model[f"{part}.dino_head.{name}".replace("last_layer.weight", "last_layer.weight_v")] = value
+        model[f"{part}.dino_head.last_layer.weight_g"] = torch.ones(12, 1)
+    torch.save({"model": model, "iteration": 9}, tmp_path / "model.pth")
+    student, teacher = DINOHead(24, 12, 10, 8), DINOHead(24, 12, 10, 8)
+    assert "student and teacher each their own" in load_head(tmp_path / "model.pth", student, teacher)
+    for found, expected in ((student, own), (teacher, theirs)):
+        assert all(map(torch.equal, found.state_dict().values(), expected.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((48, 40, 32, 8), "set objective.bottleneck_dim=16$"),
+        ((48, 41, 32, 16), "set objective.out_dim=40$"),
+        ((48, 20, 64, 8), "set objective.out_dim=40, objective.hidden_dim=32, objective.bottleneck_dim=16$"),
+        ((48, 40, 32, 16, True), "set objective.batch_norm=false$"),
+        ((24, 40, 32, 16), r"set a backbone 48 wide \(this one is 24\)$"),
+    ],
+)
+def test_a_head_of_another_size(sizes: tuple[int, ...], said: str) -> None:
+    head = DINOHead(*sizes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=said) as caught:
+        load_head(REFERENCE / "dino_checkpoint.pth", head, head)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_without_a_head_of_ours(tmp_path: Path) -> None:
+    head, content = DINOHead(48, 40, 32, 16), training_checkpoint(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"objective\.head=absent\.pth: no such checkpoint"):
+        load_head("absent.pth", head, head)
+    save_backbone(tmp_path / "w.safetensors", build(VIT))
+    with pytest.raises(UserError, match="weights files have no head"):
+        load_head(tmp_path / "w.safetensors", head, head)
+    with pytest.raises(UserError, match=r"no DINO head.*start with a fresh head"):
+        load_head(REFERENCE / "dino_backbone_only.pth", head, head)
+    del content["teacher"]["head.mlp.4.weight"], content["teacher"]["head.mlp.4.bias"]
+    del content["student"]
+    torch.save(content, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"three layers \(missing mlp\.4\.bias, mlp\.4\.weight; unexpected none\)"):
+        load_head(tmp_path / "checkpoint.pth", head, head)
+
+
+def test_a_refused_head_leaves_no_folder(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"set a backbone 48 wide \(this one is 24\), objective\.out_dim=40"):
+        train(tiny("method=baseline", f"objective.head={REFERENCE / 'dino_checkpoint.pth'}"), quiet=True)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"objective\.name=ijepa has none"):
+        tiny(
+            "method=baseline",
+            f"objective.head={REFERENCE / 'dino_checkpoint.pth'}",
+            "objective.name=ijepa",
+            "views.local_count=0",
+        )
+    with pytest.raises(UserError, match=r"leave out objective\.head"):
+        tiny(f"objective.head={REFERENCE / 'dino_checkpoint.pth'}", f"start_from={tmp_path}")
+
+
+# Positions of a run
+
+PUBLISHED = [
+    f"backbone.name={V2}",
+    "backbone.kwargs={patch_size: 14, embed_dim: 48, depth: 3, num_heads: 3}",
+    f"backbone.weights={REFERENCE / 'dinov2_vit.pth'}",
+    "views.global_size=28",
+    "views.local_size=14",
+    "method=baseline",
+    "optim.lr=0",
+]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_positions_stay_as_they_were_through_runs_and_export(
+    tiny: Callable[..., Config], tmp_path: Path, keep: bool
+) -> None:
+    """Nothing is learnt (lr 0), so that features of every size are those of the file, or of its resampled table."""
+    if keep:
+        expected = load_backbone(REFERENCE / "dinov2_vit.pth", V2, kwargs=RECORDED).eval()
+    else:
+        expected = create_backbone(V2, 28, RECORDED, REFERENCE / "dinov2_vit.pth").eval()
+    values = recorded("dinov2_vit")
+    keep_grid = f"backbone.keep_grid={str(keep).lower()}"
+    first = train(tiny(*PUBLISHED, keep_grid, f"out={tmp_path / 'first'}"), quiet=True)
+    fresh = [part for part in PUBLISHED if "weights" not in part]
+    second = train(tiny(*fresh, keep_grid, f"start_from={first}", f"out={tmp_path / 'second'}"), quiet=True)
+    shutil.copytree(second, tmp_path / "third")
+    (tmp_path / "third" / "checkpoints" / "step_00000004.pt").unlink()
+    third = train(tiny(*fresh, keep_grid, f"start_from={first}", f"out={tmp_path / 'third'}"), quiet=True)
+    exported = export(second, "torchhub").folder / "backbone.pth"
+    for found in (first, second, third):
+        again = load_backbone(found).eval()
+        assert again.positions == DINO
+        for size in (56, 84):
+            assert torch.equal(again(values[f"x{size}"]).patches, expected(values[f"x{size}"]).patches)
+    hub = load_backbone(exported, V2, 28, RECORDED).eval()
+    close(hub(values["x84"]).cls, expected(values["x84"]).cls)
+    if keep:
+        close(expected(values["x84"]).cls, values["cls84"])
+
+
+def test_a_run_at_another_resolution_starts_from_the_resampled_table(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tiny(*PUBLISHED, f"out={tmp_path / 'first'}"), quiet=True)
+    table = load_checkpoint(first)["teacher"]["backbone.model.pos_embed"]
+    larger = [part for part in PUBLISHED if "weights" not in part and "global" not in part]
+    run = Run(tiny(*larger, "views.global_size=42", f"start_from={first}"))
+    run.start_from(load_checkpoint(first))
+    for learner in (run.student, run.teacher):
+        assert torch.equal(learner.backbone.model.pos_embed, DINO.resample(table, (3, 3), 1))
+        assert learner.backbone.positions == DINO
+    assert f"{first}: position embedding resampled from 2×2 to 3×3" in capsys.readouterr().err
+    held = {id(parameter) for group in run.optimizer.param_groups for parameter in group["params"]}
+    assert {id(parameter) for parameter in run.student.parameters()} == held
+
+
+def test_a_kept_grid_learns(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """The table that training changes is the one that the optimizer holds and the checkpoint keeps."""
+    first = train(tiny(*PUBLISHED, "backbone.keep_grid=true", f"out={tmp_path / 'first'}"), quiet=True)
+    fresh = [part for part in PUBLISHED if "weights" not in part and "lr" not in part]
+    second = train(tiny(*fresh, "backbone.keep_grid=true", f"start_from={first}"), quiet=True)
+    before, after = (load_checkpoint(folder)["student"]["backbone.model.pos_embed"] for folder in (first, second))
+    assert before.shape == after.shape == (1, 17, 48)
+    assert not torch.equal(before, after)
+    assert load_backbone(second).kwargs["img_size"] == 56
 
 
 def test_headers(tmp_path: Path) -> None:

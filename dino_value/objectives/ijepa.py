@@ -4,45 +4,23 @@ The target encoder, the moving average of the student's backbone, sees the whole
 student) sees only the patches of a context block; a narrow predictor names the target encoder's features at the
 places of each target block. No prototypes, no centre, no class token is trained.
 
-It is a second objective behind what DINO offers too: `terms` and `mean` (`Objective`), and a trunk and a tail
-(`IJEPATask`, the contract of `dino_value.value`). B images, N patches, C of them context, M target blocks of m patches.
+`IJEPA` puts it behind the interface that DINO stands behind. B images, N patches, C of them context, M target blocks
+of m patches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.func import functional_call
 
-
-class Objective(Protocol):
-    """What the value core asks of a loss, beside a trunk and a tail: that it is linear in the weights of its terms."""
-
-    def terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """One non-negative loss for each thing predicted, of any shape."""
-
-    def mean(self, terms: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The scalar loss; linear in `weights`, which have the terms' shape and are 1 where they are absent."""
-
-
-class Hidden(Protocol):
-    """A backbone's state between two blocks (`dino_value.backbones.Hidden`)."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-
-    @property
-    def rope(self) -> Tensor | None: ...
-
-    def _replace(self, **changes: Any) -> Any: ...
-
+from dino_value.objectives.interface import Hidden, Learner, Objective, Parts, State
 
 AnyHidden = TypeVar("AnyHidden", bound=Hidden)
 
@@ -138,6 +116,14 @@ def select(hidden: AnyHidden, patches: Tensor, prefix: int) -> AnyHidden:
     return hidden._replace(tokens=torch.cat([tokens[:, :prefix], chosen], 1), rope=rope)
 
 
+class PredictorSizes(NamedTuple):
+    """The paper's for ViT-B: its heads are the backbone's in the published code, fewer here."""
+
+    width: int = 384
+    depth: int = 6
+    num_heads: int = 6
+
+
 class Predictor(nn.Module):
     """A narrow ViT from the context's features to those of each target block (section 3, "Prediction").
 
@@ -178,7 +164,7 @@ class Predictor(nn.Module):
 
 
 class IJEPALoss(nn.Module):
-    """Smooth ℓ1 to the target encoder's normalised features; an `Objective` whose terms are target blocks.
+    """Smooth ℓ1 to the target encoder's normalised features; its terms are target blocks.
 
     The paper's ℓ2 distance is the published code's smooth ℓ1, which is what is taken here.
     """
@@ -206,83 +192,67 @@ class IJEPALoss(nn.Module):
         return self.mean(self.terms(outputs, targets))
 
 
-class IJEPALearner(nn.Module):
-    """The student: a backbone (`dino_value.backbones.Backbone`) as context encoder, and a predictor as its head."""
+class IJEPA(IJEPALoss, Objective):
+    """I-JEPA as an `Objective`: every global view is an image of its own, local views have no place in it.
 
-    def __init__(self, backbone: nn.Module, head: Predictor) -> None:
-        super().__init__()
-        self.backbone, self.head = backbone, head
-
-    @overload
-    def forward(self, state: Any, blocks: Blocks, start: int = 0, stop: None = None) -> Tensor: ...
-
-    @overload
-    def forward(self, state: Any, blocks: Blocks, start: int = 0, *, stop: int) -> Any: ...
-
-    def forward(self, state: Any, blocks: Blocks, start: int = 0, stop: int | None = None) -> Any:
-        """Images [B 3 H W] to predictions [B M m D].
-
-        Or, with `stop`, to the state of the context patches that enters that block; or onward from such a state.
-        """
-        if isinstance(state, Tensor):
-            state = select(self.backbone(state, stop=0), blocks.context, int(self.backbone.num_prefix_tokens))  # type: ignore[arg-type]
-        if stop is not None:
-            return self.backbone(state, start=start, stop=stop)
-        features = self.backbone(state, start=start)
-        return self.head(features.patches, blocks, features.grid)
-
-
-class IJEPATask:
-    """How I-JEPA's loss depends on φ and on θ_S (contract of `dino_value.value`), as `steps.SSLTask` says it of DINO.
-
-    A soft mask designer acts on the pixels of the context view: the trunk asks `views` for (context view, target
-    view), the first with φ's graph. So φ decides what can be seen of the patches that the drawn context block leaves,
-    and the target encoder sees the plain view, or the same one (`through_teacher`: with φ's graph).
-
-    The cut: only the context's C tokens enter the student, so the trunk is embedding, choice of patches and the blocks
-    before S; the tail is S, the predictor (constant, as DINO's head is) and the loss, pure in θ_S.
+    A soft mask designer acts on the pixels of the views, so φ decides what can be seen of the patches that the drawn
+    context leaves. The student is cut after the choice of patches: only the context's C tokens enter its blocks.
 
     Args:
-        teacher: the target encoder, a backbone.
-        blocks: of this batch, drawn beforehand; constants.
-        start: of the scope of S over the backbone (`Scope.start`); None where the tail is the whole student.
+        predictor: width, depth and attention heads.
+        blocks: settings of `multi_block`.
     """
 
-    def __init__(
-        self,
-        student: IJEPALearner,
-        teacher: nn.Module,
-        loss: IJEPALoss,
-        blocks: Blocks,
-        views: Callable[[], tuple[Tensor, Tensor]],
-        start: int | None,
-        through_teacher: bool = False,
-    ) -> None:
-        self.student, self.teacher, self.loss, self.blocks = student, teacher, loss, blocks
-        self.views, self.start, self.through_teacher = views, start, through_teacher
-        self.weights: Tensor | None = None
-        """Of the loss's terms [B M], constant; None: all 1."""
-        self._state: Any = None
-        self._student = {name: value.detach() for name, value in student.named_parameters()}
-        self._teacher = {name: value.detach() for name, value in teacher.named_parameters()}
+    def __init__(self, predictor: PredictorSizes, blocks: Mapping[str, Any] | None = None, beta: float = 1.0) -> None:
+        super().__init__(beta)
+        self.center = None
+        self.predictor, self.blocks = predictor, dict(blocks or {})
 
-    def trunk(self) -> tuple[Tensor, Tensor]:
-        """(context tokens as they enter block `start`, or the context view; targets [B M m D])."""
-        context, whole = self.views()
-        with torch.set_grad_enabled(self.through_teacher and torch.is_grad_enabled()):
-            targets = self.loss.targets(functional_call(self.teacher, self._teacher, (whole,)).patches, self.blocks)
-        if self.start is None:
-            return context, targets
-        self._state = functional_call(self.student, self._student, (context, self.blocks), {"stop": self.start})
-        return self._state.tokens, targets
+    def heads(self, dim: int) -> dict[str, nn.Module]:
+        return {"head": Predictor(dim, *self.predictor)}
 
-    def tail(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
-        """The loss, pure in `parameters`, named as in the backbone."""
-        return self.loss.mean(self.terms(hidden, parameters), self.weights)
+    def begin(self, step: int, teacher: Learner) -> None:
+        pass
 
-    def terms(self, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
-        """One loss a target block [B M], pure in `parameters`: what value weights are made from."""
-        tokens, targets = hidden
-        state = tokens if self.start is None else self._state._replace(tokens=tokens)
-        weights = {**self._student, **{f"backbone.{name}": value for name, value in parameters.items()}}
-        return self.loss.terms(functional_call(self.student, weights, (state, self.blocks, self.start or 0)), targets)
+    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator) -> Blocks:
+        grid = (large.shape[-2] // patch_size, large.shape[-1] // patch_size)
+        return multi_block(len(large), grid, generator, **self.blocks).to(large.device)
+
+    def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Blocks) -> tuple[Parts, Parts]:
+        """Targets `ijepa` [2B M m D]; there are no prototypes, so no temperature and no logits."""
+        return {"ijepa": self.targets(teacher.backbone(large).patches, draw)}, {}
+
+    def states(self, student: Learner, views: Sequence[Tensor], start: int | None, draw: Blocks) -> list[State]:
+        large, _ = views
+        return [large] if start is None else [student.backbone(_context(student, large, draw), stop=start)]
+
+    def losses(
+        self, student: Learner, states: Sequence[State], targets: Parts, start: int | None, draw: Blocks
+    ) -> Parts:
+        """Terms `ijepa` [2B M]."""
+        (state,) = states
+        if isinstance(state, Tensor):
+            state = _context(student, state, draw)
+        features = student.backbone(state, start=start or 0)
+        outputs = student.head(features.patches, draw, features.grid)
+        return {"ijepa": self.terms(outputs, targets["ijepa"])}
+
+    def weighable(self, terms: Parts) -> dict[str, Tensor | None]:
+        return {"ijepa": None}
+
+    def parts(self, terms: Parts, draw: Blocks, weights: Parts | None = None, views: int | None = None) -> Parts:
+        return {"ijepa": self.mean(terms["ijepa"], None if weights is None else weights["ijepa"])}
+
+    def total(self, parts: Parts) -> Tensor:
+        return parts["ijepa"]
+
+    def update(self, logits: Parts) -> None:
+        pass
+
+    def watch(self, targets: Parts) -> Parts:
+        """The targets' standard deviation over the batch: near 1, and 0 where all patches have become one."""
+        return {"target_spread": targets["ijepa"].flatten(0, -2).std(0).mean()}
+
+
+def _context(student: Learner, images: Tensor, blocks: Blocks) -> Any:
+    return select(student.backbone(images, stop=0), blocks.context, student.backbone.num_prefix_tokens)

@@ -1,4 +1,4 @@
-"""I-JEPA: blocks, choice of patches, predictor and loss written out; its trunk and tail under the value core."""
+"""I-JEPA: blocks, choice of patches, predictor and loss written out. In training: test_objectives_in_training.py."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_value.backbones import Backbone, Hidden, create_backbone
-from dino_value.designers import UNetDesigner, learned_views
 from dino_value.objectives.dino import DINOLoss
 from dino_value.objectives.ijepa import (
+    IJEPA,
     Blocks,
-    IJEPALearner,
     IJEPALoss,
-    IJEPATask,
-    Objective,
     Predictor,
+    PredictorSizes,
     multi_block,
     select,
 )
-from dino_value.value import DIRECTIONS, ENGINES, everything, last_blocks, term_values, value_step
+from dino_value.steps import Learner
 
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 ROTARY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+
+
+OBJECTIVE = IJEPA(PredictorSizes(width=16, depth=2, num_heads=2))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -54,17 +55,20 @@ def some_blocks() -> Blocks:
 
 
 @pytest.fixture
-def learner() -> IJEPALearner:
+def learner() -> Learner:
     torch.manual_seed(0)
-    return IJEPALearner(
-        create_backbone("vit_tiny_patch16_224", 32, KWARGS), Predictor(24, width=16, depth=2, num_heads=2)
-    )
+    backbone = create_backbone("vit_tiny_patch16_224", 32, KWARGS)
+    return Learner(backbone, **OBJECTIVE.heads(24))
 
 
 @pytest.fixture
-def teacher() -> Backbone:
+def targets() -> dict[str, Tensor]:
+    """Of some images and blocks."""
     torch.manual_seed(1)
-    return create_backbone("vit_tiny_patch16_224", 32, KWARGS).requires_grad_(False)
+    backbone = create_backbone("vit_tiny_patch16_224", 32, KWARGS).requires_grad_(False)
+    found, logits = OBJECTIVE.teach(Learner(backbone, torch.nn.Identity()), draw(0, 2, 3, 32, 32), 0.04, some_blocks())
+    assert logits == {}
+    return found
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 12), (4, 4)])
@@ -150,19 +154,26 @@ def test_all_patches_in_another_order_are_the_same_features() -> None:
     torch.testing.assert_close(found.patches, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_student_sees_its_context_only(learner: IJEPALearner) -> None:
+def test_the_student_sees_its_context_only(learner: Learner, targets: dict[str, Tensor]) -> None:
     blocks, images = some_blocks(), draw(0, 2, 3, 32, 32)
+
+    def terms(images: Tensor) -> Tensor:
+        return OBJECTIVE.losses(learner, [images], targets, None, blocks)["ijepa"]
+
     seen = torch.zeros(2, 16, dtype=torch.bool).scatter_(1, blocks.context, True).view(2, 1, 4, 4)
     pixels = seen.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    assert torch.equal(learner(images, blocks), learner(images.where(pixels, images + 9), blocks))
-    assert not torch.allclose(learner(images, blocks), learner(images.where(~pixels, images + 9), blocks))
+    assert torch.equal(terms(images), terms(images.where(pixels, images + 9)))
+    assert not torch.allclose(terms(images), terms(images.where(~pixels, images + 9)))
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3])
-def test_cut_and_continued_is_the_whole(learner: IJEPALearner, stop: int) -> None:
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_cut_and_continued_is_the_whole(learner: Learner, targets: dict[str, Tensor], start: int) -> None:
     blocks, images = some_blocks(), draw(0, 2, 3, 32, 32)
-    state = learner(images, blocks, stop=stop)
-    torch.testing.assert_close(learner(state, blocks, start=stop), learner(images, blocks))
+    states = OBJECTIVE.states(learner, (images, images[:0]), start, blocks)
+    assert states[0].tokens.shape == (2, 1 + 5, 24)
+    cut = OBJECTIVE.losses(learner, states, targets, start, blocks)
+    whole = OBJECTIVE.losses(learner, [images], targets, None, blocks)
+    torch.testing.assert_close(cut, whole)
 
 
 def test_the_predictor_one_block_at_a_time() -> None:
@@ -238,8 +249,8 @@ def test_in_float32_under_autocast() -> None:
     assert torch.equal(value, loss(outputs.float(), loss.targets(patches.float(), blocks)))
 
 
-def linear(objective: Objective, outputs: Tensor, targets: Tensor) -> None:
-    """What `Objective` promises."""
+def linear(objective: Any, outputs: Tensor, targets: Tensor) -> None:
+    """The loss is linear in the weights of its terms."""
     terms = objective.terms(outputs, targets)
     plain = objective.mean(terms)
     torch.testing.assert_close(objective.mean(terms, torch.ones_like(terms)), plain)
@@ -253,101 +264,19 @@ def test_both_objectives_keep_the_promise() -> None:
     linear(DINOLoss(5), draw(0, 4, 3, 5), draw(1, 2, 3, 5).softmax(-1))
 
 
-class Setting:
-    """A soft mask on the context view, and the task of one batch."""
-
-    def __init__(self, learner: IJEPALearner, teacher: Backbone, blocks: int | None, same_view: bool = False) -> None:
-        torch.manual_seed(2)
-        self.designer = UNetDesigner(width=4, depth=1).double()
-        for parameter in self.designer.parameters():  # away from a flat mask
-            nn.init.normal_(parameter, std=0.3)
-        learner, teacher = learner.double(), teacher.double()
-        images = draw(3, 2, 3, 32, 32).double()
-        self.scope = everything(learner.backbone) if blocks is None else last_blocks(learner.backbone, blocks)
-        self.parameters = self.scope.parameters(learner.backbone)
-
-        def views() -> tuple[Tensor, Tensor]:
-            context = learned_views(images, self.designer(images), images.mean((-2, -1), keepdim=True))
-            return context, context if same_view else images
-
-        self.task = IJEPATask(learner, teacher, IJEPALoss(), some_blocks(), views, self.scope.start, same_view)
-        self.phi = list(self.designer.parameters())
-
-    def gradient_of(self, engine: str, direction: list[Tensor]) -> list[Tensor]:
-        for parameter in self.phi:
-            parameter.grad = None
-        value_step(self.task, self.parameters, direction, DIRECTIONS["dot"], ENGINES[engine], self.phi)
-        return [parameter.grad.clone() for parameter in self.phi if parameter.grad is not None]
-
-
-def directions(parameters: dict[str, Tensor]) -> list[Tensor]:
-    return [draw(index, *value.shape).double() for index, value in enumerate(parameters.values())]
-
-
-@pytest.mark.parametrize("blocks", [1, 2, None])
-def test_trunk_and_tail_are_the_learners_own_loss(learner: IJEPALearner, teacher: Backbone, blocks: int | None) -> None:
-    setting = Setting(learner, teacher, blocks)
-    task = setting.task
-    hidden = task.trunk()
-    parameters = {name: value.clone().requires_grad_() for name, value in setting.parameters.items()}
-    value = task.tail(hidden, parameters)
-    context, whole = task.views()
-    expected = task.loss(learner(context, some_blocks()), task.loss.targets(teacher(whole).patches, some_blocks()))
-    torch.testing.assert_close(value, expected)
-    found = torch.autograd.grad(value, list(parameters.values()))
-    own = dict(learner.backbone.named_parameters())
-    wanted = torch.autograd.grad(expected, [own[name] for name in parameters])
-    torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.parametrize("same_view", [False, True])
-@pytest.mark.parametrize("blocks", [1, None])
-def test_engines_agree_on_the_designers_gradient(
-    learner: IJEPALearner, teacher: Backbone, blocks: int | None, same_view: bool
-) -> None:
-    """And with the naive form: differentiate ⟨u, ∇_θ L⟩ of the learner's own loss. No gradient reaches θ."""
-    setting = Setting(learner, teacher, blocks, same_view)
-    task, direction = setting.task, directions(setting.parameters)
-    context, whole = task.views()
-    own = dict(learner.backbone.named_parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        features = teacher(whole if same_view else whole.detach()).patches
-        loss = task.loss(learner(context, some_blocks()), task.loss.targets(features, some_blocks()))
-        gradients = torch.autograd.grad(loss, [own[name] for name in setting.parameters], create_graph=True)
-    value = sum((u * g).sum() for u, g in zip(direction, gradients, strict=True))
-    expected = [-part for part in torch.autograd.grad(value, setting.phi)]  # type: ignore[arg-type]
-    assert max(float(part.abs().max()) for part in expected) > 1e-6
-    torch.testing.assert_close(setting.gradient_of("double_backward", direction), expected, rtol=1e-8, atol=1e-12)
-    flat = torch.cat([part.flatten() for part in expected])
-    found = torch.cat([part.flatten() for part in setting.gradient_of("finite_difference", direction)])
-    assert float((found - flat).norm() / flat.norm()) < 1e-3
-    assert all(parameter.grad is None for parameter in (*learner.parameters(), *teacher.parameters()))
-
-
-def test_the_values_of_its_terms_sum_to_v(learner: IJEPALearner, teacher: Backbone) -> None:
-    """V = Σ w_i v_i: weights of target blocks are a closed-form designer here too."""
-    setting = Setting(learner, teacher, 1)
-    task, direction = setting.task, directions(setting.parameters)
-    hidden = tuple(part.detach() for part in task.trunk())
-    values = term_values(lambda theta: task.terms(hidden, theta), setting.parameters, direction, radius=1e-4)
-    assert values.shape == (2, 2)
-    parameters = {name: value.clone().requires_grad_() for name, value in setting.parameters.items()}
-    task.weights = torch.tensor([[0.5, 2.0], [0.0, 1.5]], dtype=torch.float64)
-    gradients = torch.autograd.grad(task.tail(hidden, parameters), list(parameters.values()))
-    found = sum((u * g).sum() for u, g in zip(direction, gradients, strict=True))
-    torch.testing.assert_close(found, (values * task.weights).mean(), rtol=1e-6, atol=1e-9)
-
-
-def test_it_learns(learner: IJEPALearner, teacher: Backbone) -> None:
-    blocks, images, loss = some_blocks(), draw(0, 2, 3, 32, 32), IJEPALoss()
-    targets = loss.targets(teacher(images).patches, blocks)
+def test_it_learns(learner: Learner, targets: dict[str, Tensor]) -> None:
+    blocks, images = some_blocks(), draw(0, 2, 3, 32, 32)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=3e-3)
     values = []
     for _ in range(40):
         optimizer.zero_grad()
-        value = loss(learner(images, blocks), targets)
+        terms = OBJECTIVE.losses(
+            learner, OBJECTIVE.states(learner, (images, images[:0]), 0, blocks), targets, 0, blocks
+        )
+        value = OBJECTIVE.total(OBJECTIVE.parts(terms, blocks))
         value.backward()
         optimizer.step()
         values.append(float(value.detach()))
-    constant = F.smooth_l1_loss(torch.zeros_like(targets), targets)  # what predicting nothing costs
+    wanted = targets["ijepa"]
+    constant = F.smooth_l1_loss(torch.zeros_like(wanted), wanted)  # what predicting nothing costs
     assert values[-1] < 0.6 * float(constant) < values[0]

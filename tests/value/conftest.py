@@ -15,7 +15,7 @@ from dino_value.backbones import create_backbone
 from dino_value.config import DesignerConfig
 from dino_value.data.sampling import generator as keyed
 from dino_value.designers import UNetDesigner, fill_in
-from dino_value.objectives.dino import DINOHead, DINOLoss
+from dino_value.objectives.self_distillation import HeadSizes, SelfDistillation
 from dino_value.steps import Learner, SSLTask, Views
 from dino_value.value import Gradient, Scope, last_blocks
 
@@ -30,7 +30,7 @@ class Problem:
 
     student: Learner
     teacher: Learner
-    loss: DINOLoss
+    loss: SelfDistillation
     designer: nn.Module
     views: Views
     config: DesignerConfig
@@ -118,13 +118,12 @@ def make_problem(
     torch.manual_seed(0)
     backbone = create_backbone(model, 16, ROPE_KWARGS if "dinov3" in model else KWARGS)
     backbone.set_attention("math")  # the reference differentiates twice
-    head = DINOHead(backbone.embed_dim, out_dim=12, hidden_dim=16, bottleneck_dim=8, batch_norm=batch_norm)
-    student = Learner(backbone, head)
+    loss = SelfDistillation(HeadSizes(out_dim=12, hidden_dim=16, bottleneck_dim=8, batch_norm=batch_norm))
+    student = Learner(backbone, **loss.heads(backbone.embed_dim))
     teacher = copy.deepcopy(student)
     with torch.no_grad():
         for parameter in [*student.parameters(), *teacher.parameters()]:  # away from the symmetric start
             parameter.add_(0.05 * torch.randn_like(parameter))
-    loss = DINOLoss(12)
     loss.center.normal_(std=0.1)
     designer = UNetDesigner(width=4, depth=1, keep_ratio=0.6)
     nn.init.normal_(designer.out.weight, std=0.5)

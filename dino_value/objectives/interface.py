@@ -1,0 +1,117 @@
+"""What training and the value core ask of a self-supervised objective, and nothing more: neither asks which one it is.
+
+An objective is a module of what a loss must remember (centres, a Gram teacher) beside pure functions of the student:
+
+    begin(step, teacher)                                the Gram teacher is renewed
+    draw(large, patch_size, generator) -> draw          constants of a batch: which patches are hidden
+    teach(teacher, large, temperature, draw)            -> targets, and what the centres are updated with
+    states(student, views, start, draw)                 -> the student's states where the value core cuts it
+    losses(student, states, targets, start, draw)       -> every term of the loss, by part
+    parts(terms, draw, weights) -> total(parts)         linear in the terms, and in their weights
+    update(logits)                                      after the step: the centres
+
+B images, each with two global and maybe some local views.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Hidden(Protocol):
+    """A backbone's state between two blocks (`dino_value.backbones.Hidden`)."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def rope(self) -> Tensor | None: ...
+
+    def _replace(self, **changes: Any) -> Any: ...
+
+
+State = Tensor | Any
+"""Where a student is cut: views of one size, or the `Hidden` tokens that enter the scope's first block."""
+
+Parts = dict[str, Tensor]
+"""Tensors by the part of the loss that they belong to: `dino`, `ibot`, …"""
+
+Draw = Any
+"""What is drawn for a batch: masks or blocks, on the batch's device; None where nothing is."""
+
+
+class Learner(Protocol):
+    """A student or teacher (`dino_value.steps.Learner`)."""
+
+    @property
+    def backbone(self) -> Any: ...
+
+    @property
+    def head(self) -> Callable[..., Tensor]: ...
+
+    @property
+    def patch_head(self) -> Callable[..., Tensor] | None: ...
+
+    @property
+    def mask_token(self) -> Callable[..., Tensor] | None: ...
+
+
+class Objective(nn.Module, abc.ABC):
+    """A self-supervised loss; see the module's text for the order of its calls."""
+
+    center: Tensor | None
+    """Of the prototypes, for the log; None where there are none."""
+
+    @abc.abstractmethod
+    def heads(self, dim: int) -> dict[str, nn.Module]:
+        """New heads for a backbone of width `dim`, by their names in `dino_value.steps.Learner`."""
+
+    @abc.abstractmethod
+    def begin(self, step: int, teacher: Learner) -> None:
+        """Before learner step `step`; a second call at the same step changes nothing."""
+
+    @abc.abstractmethod
+    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator) -> Draw:
+        """What is random about the loss on global views [2B 3 H W]; follows from the (CPU) generator alone."""
+
+    @abc.abstractmethod
+    def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Draw) -> tuple[Parts, Parts]:
+        """Global views [2B 3 H W] to targets, with a graph where gradients are enabled, and to `update`'s logits."""
+
+    @abc.abstractmethod
+    def states(self, student: Learner, views: Sequence[Tensor], start: int | None, draw: Draw) -> list[State]:
+        """(large, small) views to states as they enter block `start`, one a crop size, global views first; the views
+        themselves where `start` is None."""
+
+    @abc.abstractmethod
+    def losses(self, student: Learner, states: Sequence[State], targets: Parts, start: int | None, draw: Draw) -> Parts:
+        """Onward from `states`, all of them or those of the global views alone, to the terms of each part."""
+
+    @abc.abstractmethod
+    def weighable(self, terms: Parts) -> dict[str, Tensor | None]:
+        """The parts whose terms may be given weights, each with which of its terms count (bool; None: all)."""
+
+    @abc.abstractmethod
+    def parts(self, terms: Parts, draw: Draw, weights: Parts | None = None, views: int | None = None) -> Parts:
+        """The loss's parts, scalars; linear in the terms and in their weights, which are 1 where there are none.
+
+        Args:
+            views: how many the student sees, if `terms` are of the two global ones alone.
+        """
+
+    @abc.abstractmethod
+    def total(self, parts: Parts) -> Tensor:
+        """The loss: the parts, each times its setting."""
+
+    @abc.abstractmethod
+    def update(self, logits: Parts) -> None:
+        """After the step whose `teach` gave `logits`."""
+
+    @abc.abstractmethod
+    def watch(self, targets: Parts) -> Parts:
+        """Scalars that tell of collapse, for the log."""
