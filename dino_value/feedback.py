@@ -12,6 +12,7 @@ from dino_value.backbones import Backbone
 from dino_value.config import Config, TaskConfig
 from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled, split_by_group
 from dino_value.data.sampling import Cursor, Stream, key
+from dino_value.data.splits import split_apart, split_record
 from dino_value.errors import UserError
 from dino_value.heads import LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
 from dino_value.optim import FiniteGuard
@@ -21,14 +22,27 @@ LAYOUTS: dict[str, Layout] = {"seg": "ade20k", "depth": "nyuv2"}
 
 
 class FeedbackTask:
-    """One kind of label: a head, its optimizer, and two streams that share no image and no group of images."""
+    """One kind of label: a head, its optimizer, and two streams that share no image and no group of images, and none
+    with `evaluation`."""
 
     def __init__(
-        self, kind: str, source: LabelledSource, settings: TaskConfig, config: Config, dim: int, device: torch.device
+        self,
+        kind: str,
+        source: LabelledSource,
+        settings: TaskConfig,
+        config: Config,
+        dim: int,
+        device: torch.device,
+        evaluation: LabelledSource | None = None,
     ) -> None:
         self.kind, self.weight, self.guard, self.source = kind, settings.weight, settings.guard, source
         counts = (settings.train, settings.meta, settings.held)
-        self.train_indices, self.meta_indices, self.held_indices = split_by_group(source, counts, config.seed)
+        if evaluation is None:
+            parts, self.excluded = split_by_group(source, counts, config.seed), []
+        else:
+            parts, self.excluded = split_apart(source, counts, config.seed, evaluation)
+        self.train_indices, self.meta_indices, self.held_indices = parts
+        self.seed = config.seed
         self.head = build_head(f"{kind}_{settings.head}", dim, source.num_classes)
         size = (config.feedback.size, config.feedback.size)
         workers = 0 if config.data.in_memory else min(1, config.data.workers)
@@ -57,6 +71,12 @@ class FeedbackTask:
         """L_down: cross-entropy (seg) or L1 in metres (depth), from patch features [B N D]."""
         predicted = self.head(feature_map(patches, grid))
         return segmentation_loss(predicted, labels) if self.kind == "seg" else depth_loss(predicted, labels)
+
+    def splits(self) -> dict[str, Any]:
+        """Which images the task uses for what; see `split_record`."""
+        parts = {"train": self.train_indices, "meta": self.meta_indices, "held": self.held_indices}
+        record = split_record(self.source, parts, self.seed, self.excluded)
+        return record | {"skipped": getattr(self.source, "skipped", [])}
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"refreshed": self.refreshed, "average": self.average}
@@ -100,16 +120,27 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
             "training",
             group_pattern=config.data.group_pattern if kind == "seg" else None,
             neighbours=config.data.neighbours,
+            skip_unreadable=config.data.skip_unreadable,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(config.seed, "head", kind))
-            task = FeedbackTask(kind, source, settings, config, dim, device)
+            task = FeedbackTask(kind, source, settings, config, dim, device, evaluation_split(kind, path))
         tasks.append(task)
     if not any(not task.guard for task in tasks):
         raise UserError(
             "no feedback left: give feedback.seg.weight or feedback.depth.weight a value above 0, and guard=false"
         )
     return tasks
+
+
+def evaluation_split(kind: str, path: str) -> LabelledSource | None:
+    """The images that the run will be judged by; None where there are none yet, or the embedded ones, which differ."""
+    if path == "scenes":
+        return None
+    try:
+        return open_labelled(LAYOUTS[kind], path, "validation")
+    except UserError:
+        return None
 
 
 def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.checkpoint import latest_checkpoint
-from dino_value.config import Config, save_config
+from dino_value.config import Config, HealthConfig, save_config
 from dino_value.errors import UserError
 from dino_value.files import write_json
 from dino_value.track import read_metrics
@@ -62,6 +62,7 @@ _OURS = {
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "splits.json",
     "checkpoints",
     "backbone.safetensors",
     "results",
@@ -69,7 +70,9 @@ _OURS = {
     "report.html",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.
-_FREE = {"out", "device", "log_every", "data.workers", "checkpoint.every", "checkpoint.keep"}
+_FREE = {"out", "device", "log_every", "data.workers", "checkpoint.every", "checkpoint.keep"} | {
+    f"health.{item.name}" for item in fields(HealthConfig)
+}
 
 
 def _is_config(path: Path) -> bool:

@@ -22,6 +22,7 @@ from dino_value.config import Config, packaged
 from dino_value.data import SkippingViews, open_views
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.errors import Interrupted, UserError
+from dino_value.files import write_json
 from dino_value.health import Checkup, CollapseWatch
 from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
 from dino_value.process import choose_device, stop_requests, use_bfloat16
@@ -55,6 +56,8 @@ def train(config: Config, quiet: bool = False) -> Path:
     if run.step >= config.steps:
         return folder
     record_environment(folder, environment(config.seed, run.device))
+    if run.steer is not None:
+        write_json(folder / "splits.json", {task.kind: task.splits() for task in run.steer.feedback})
 
     metrics = MetricsFile(folder, run.step)
     clock = Clock()

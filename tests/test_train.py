@@ -68,6 +68,7 @@ def test_the_run_folder(tiny: Callable[..., Config], method: str) -> None:
         "metrics.jsonl",
         "checkpoints",
         "backbone.safetensors",
+        *(["splits.json"] if method != "baseline" else []),
     }
     assert load_config(folder / "config.yaml") == config
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
@@ -537,3 +538,24 @@ def test_data_in_memory(tiny: Callable[..., Config]) -> None:
     run = steps(Run(tiny("data.in_memory=true", "data.workers=2")), 2)
     assert isinstance(run.stream, Stream)
     assert run.stream.workers == 0
+
+
+def test_feedback_keeps_apart_from_the_evaluation_and_says_which_images_it_used(
+    tiny: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_data / "ade", tmp_path / "ade")
+    plain = train(tiny("method=value", "steps=1", f"data.ade20k={tmp_path / 'ade'}", f"out={tmp_path / 'plain'}"), True)
+    before = json.loads((plain / "splits.json").read_text())
+    assert [len(before["seg"][part]) for part in ("train", "meta", "in_evaluation")] == [8, 4, 0]
+    assert [len(before["depth"][part]) for part in ("train", "meta", "in_evaluation")] == [6, 4, 0]
+    copied = Path(before["seg"]["meta"][0])
+    shutil.copy(copied, tmp_path / "ade" / "images" / "validation" / "another name.png")
+    shutil.copy(
+        tmp_path / "ade" / "annotations" / "validation" / "00.png",
+        tmp_path / "ade" / "annotations" / "validation" / "another name.png",
+    )
+    apart = train(tiny("method=value", "steps=1", f"data.ade20k={tmp_path / 'ade'}", f"out={tmp_path / 'apart'}"), True)
+    after = json.loads((apart / "splits.json").read_text())["seg"]
+    assert after["in_evaluation"] == [str(copied)]
+    assert str(copied) not in after["train"] + after["meta"]
+    assert [len(after[part]) for part in ("train", "meta")] == [8, 4]
