@@ -37,9 +37,8 @@ class FeedbackTask:
     ) -> None:
         self.kind, self.weight, self.guard, self.source = kind, settings.weight, settings.guard, source
         counts = (settings.train, settings.meta, settings.held)
-        if evaluation is None:
-            parts, self.excluded = split_by_group(source, counts, config.seed), []
-        else:
+        parts, self.excluded = split_by_group(source, counts, config.seed), list[int]()
+        if evaluation is not None:
             parts, self.excluded = split_apart(source, counts, config.seed, evaluation)
         self.train_indices, self.meta_indices, self.held_indices = parts
         self.seed = config.seed
