@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_value.attention import choose, kernel, wants_math
-from dino_value.blocks import apply_block, compiled_block, unknown
+from dino_value.blocks import apply_block, class_attention, compiled_block, unknown
 from dino_value.errors import UserError
 from dino_value.weights import TIMM, misfits, read_header, read_tensors, recognise, table_side, to_timm
 
@@ -281,6 +281,21 @@ class Backbone(nn.Module):
         own, which are what a recomputation would find."""
         wanted = getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled()
         return wanted and all(isinstance(value, nn.Parameter) for value in self.model.blocks[index].parameters())
+
+    @torch.no_grad()
+    def class_attention(self, images: Tensor) -> Tensor:
+        """What the class token pays each patch in the last block, [B h w], mean of heads.
+
+        Raises:
+            UserError: there is no class token, or the block's attention cannot be read.
+        """
+        fault = "it has no class token" if not self.has_cls else unknown(self.model.blocks[-1])
+        if fault:
+            raise UserError(f"{self.name}: the attention of its class token cannot be read: {fault}")
+        state = self(images, stop=self.depth - 1)
+        rope = state.rope[-1] if state.rope is not None and getattr(self.model, "rope_mixed", False) else state.rope
+        paid = class_attention(self.model.blocks[-1], state.tokens, rope)
+        return paid[:, self.num_prefix_tokens :].unflatten(1, state.grid)
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [… 3 H W] or float in [0, 1] to what the model expects."""

@@ -193,6 +193,18 @@ def _spread(values: Tensor, length: int) -> Tensor:
     return values[:, None].expand(-1, length).flatten()
 
 
+def class_attention(block: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
+    """What the first token pays each token in a block that `unknown` knows: tokens [B T D] to [B T], mean of heads."""
+    crops = [Crops(tokens.shape[0], tokens.shape[1], rope)]
+    rows = block.norm1(tokens.flatten(0, 1))
+    q, k, v = (
+        part.unflatten(0, (len(tokens), -1)) for part in _project(block.attn, rows, first_rows(rows, crops), True)
+    )
+    queries, keys, _ = _heads(block.attn, q, k, v, None if rope is None else (rope, True))
+    logits = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-2, -1)
+    return logits.softmax(-1).mean(1)[:, 0]
+
+
 def _scaled(block: Any, branch: int, values: Tensor) -> Tensor:
     if type(block) is Block:
         return getattr(block, f"ls{branch}")(values)

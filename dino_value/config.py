@@ -24,7 +24,8 @@ from dino_value.errors import UserError
 from dino_value.files import write_text
 from dino_value.value import COMBINATIONS
 
-MASKS = ("unet", "sit")
+MASKS = ("unet", "sit")  # learned
+CONTROLS = ("random_masks", "attention")  # masks that no label and no learning shape
 CLOSED_FORMS = ("weights", "best_of_n")
 
 
@@ -175,7 +176,7 @@ class ValueConfig:
 
 @dataclass
 class DesignerConfig:
-    """A mask generator, a closed form without parameters, or one of each: `unet`, `weights`, `unet+weights`."""
+    """A mask generator or a control, a closed form without parameters, or both: `unet`, `weights`, `unet+weights`."""
 
     name: str = "unet"
     width: int = 16
@@ -193,11 +194,18 @@ class DesignerConfig:
     temperature: float = 1.0  # of `weights`: τ in standard deviations of the terms' values
     weight_clip: float = 10.0  # of `weights`: the largest weight against that of a mean term, and the inverse
     candidates: int = 4  # of `best_of_n`: local crops drawn for each one kept
+    start_from: str | None = None  # a run folder or checkpoint whose mask generator begins this run
+    frozen: bool = False  # the mask generator stays as it is
 
     @property
     def mask(self) -> str | None:
         """The mask generator's name, if there is one."""
         return next((part for part in self.name.split("+") if part in MASKS), None)
+
+    @property
+    def control(self) -> str | None:
+        """The control's name, if there is one."""
+        return next((part for part in self.name.split("+") if part in CONTROLS), None)
 
     @property
     def closed_form(self) -> str | None:
@@ -226,6 +234,7 @@ class FeedbackConfig:
     warmup: int = 100  # head updates before the first g_down: a random head's gradient teaches nothing
     refresh: int = 0  # designer updates for which g_down of the whole meta pool is kept; 0: one meta batch an update
     ema: float = 0.0  # decay of a moving average of g_down; 0: none
+    shuffle: bool = False  # a control: images carry each other's labels
 
 
 @dataclass
@@ -249,7 +258,9 @@ class CheckpointConfig:
 @dataclass
 class Config:
     out: str = MISSING
-    method: str = "value"  # or baseline, random: the only difference between arms
+    # or baseline; random: φ follows a random direction; adversarial: φ raises the loss (ADIOS, arXiv 2201.13100);
+    # finetune: the labels, head-train and meta, train the backbone, and nothing is self-supervised
+    method: str = "value"
     steps: int = 20_000
     seed: int = 0
     device: str = "auto"
@@ -267,9 +278,25 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
 
+    @property
+    def designs(self) -> bool:
+        """Does a designer make the learner's task?"""
+        return self.method in ("value", "random", "adversarial")
+
+    @property
+    def learns_masks(self) -> bool:
+        """Is there a mask generator that learns?"""
+        return self.designs and self.designer.mask is not None and not self.designer.frozen
+
+    @property
+    def needs_labels(self) -> bool:
+        """Do labels have a part in this run?"""
+        follows = self.designer.closed_form is not None or (self.learns_masks and self.method != "adversarial")
+        return self.method == "finetune" or (self.designs and follows)
+
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("value", "baseline", "random"),
+    "method": ("value", "baseline", "random", "adversarial", "finetune"),
     "precision": ("auto", "bf16", "fp32"),
     "views.augment": ("kornia", "kornia_compiled", "torchvision"),
     "objective.name": ("dino", "ijepa"),
@@ -456,18 +483,19 @@ def check(config: Config) -> Config:
     if not 0 < config.designer.keep_ratio < 1:
         raise UserError(f"designer.keep_ratio={config.designer.keep_ratio}: must lie between 0 and 1")
     _check_designer(config.designer.name)
+    _check_roles(config)
     heads = max(1, config.designer.width // 32)
     if config.designer.mask == "sit" and (config.designer.width % 4 or config.designer.width % heads):
         raise UserError(
             f"designer.width={config.designer.width}: designer.name=sit needs a multiple of 4 that its heads (one for "
             f"every 32 channels, {heads} here) divide; choose a multiple of 32, for example {32 * heads}"
         )
-    if config.value.direction == "adam" and config.value.burn_in == 0 and config.method != "baseline":
+    if config.value.direction == "adam" and config.value.burn_in == 0 and config.designs:
         raise UserError(
             "value.direction=adam reads the state of the learner's optimizer, which is empty before the first step; "
             "set value.burn_in to 1 or more"
         )
-    if config.value.diagnose and config.method != "baseline":
+    if config.value.diagnose and config.designs and config.needs_labels:
         for kind, path in (("seg", config.data.ade20k), ("depth", config.data.nyuv2)):
             task: TaskConfig = getattr(config.feedback, kind)
             if path is not None and task.weight and not task.held:
@@ -494,7 +522,7 @@ def check(config: Config) -> Config:
         raise UserError(f"objective.head is DINO's: objective.name={config.objective.name} has none; leave it out")
     if config.objective.head is not None and config.start_from is not None:
         raise UserError("start_from has a head of its own: leave out objective.head, or give backbone.weights instead")
-    if config.method != "baseline" and not (config.data.ade20k or config.data.nyuv2):
+    if config.needs_labels and not (config.data.ade20k or config.data.nyuv2):
         raise UserError(f"method={config.method} needs labels: give data.ade20k=PATH and/or data.nyuv2=PATH")
     return config
 
@@ -542,7 +570,7 @@ def _check_objective(config: Config) -> None:
 def _check_koleo(config: Config) -> None:
     """Before the bounds, whose message would not say why."""
     sizes = {"optim.batch_size": config.optim.batch_size}
-    if config.method != "baseline":
+    if config.designs:
         sizes["value.batch_size"] = config.value.batch_size
     for key, size in sizes.items():
         if config.objective.koleo and size < 2:
@@ -554,12 +582,27 @@ def _check_koleo(config: Config) -> None:
 
 def _check_designer(name: str) -> None:
     parts = name.split("+")
-    kinds = [[part for part in parts if part in kind] for kind in (MASKS, CLOSED_FORMS)]
+    kinds = [[part for part in parts if part in kind] for kind in (MASKS + CONTROLS, CLOSED_FORMS)]
     if sum(map(len, kinds)) != len(parts) or any(len(found) > 1 for found in kinds):
         raise UserError(
-            f"designer.name={name}: choose {', '.join(MASKS + CLOSED_FORMS)}, or a mask generator and a closed form as "
-            f"in {MASKS[0]}+{CLOSED_FORMS[0]}"
+            f"designer.name={name}: choose {', '.join(MASKS + CONTROLS + CLOSED_FORMS)}, or "
+            f"masks and a closed form as in {MASKS[0]}+{CLOSED_FORMS[0]}"
         )
+
+
+def _check_roles(config: Config) -> None:
+    """What a method asks of the designer, and what a designer has no use for."""
+    d = config.designer
+    if config.method == "adversarial" and (not config.learns_masks or d.closed_form):
+        raise UserError(
+            f"method=adversarial needs a mask generator that learns: choose designer.name={MASKS[0]}, not frozen"
+        )
+    if config.designs and d.mask is None:
+        for key, given in (("designer.start_from", d.start_from is not None), ("designer.frozen", d.frozen)):
+            if given:
+                raise UserError(f"{key}: designer.name={d.name} has no mask generator; leave it out")
+    if d.control == "attention" and d.crops == "all":
+        raise UserError("designer.name=attention looks at global crops: set designer.crops=global")
 
 
 def save_config(config: Config, path: Path) -> None:

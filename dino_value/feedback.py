@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from dino_value.backbones import Backbone
 from dino_value.config import Config, TaskConfig
-from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled, split_by_group
+from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, Shuffled, open_labelled, split_by_group
 from dino_value.data.sampling import Cursor, Stream, key
 from dino_value.data.splits import split_apart, split_record
 from dino_value.errors import UserError
@@ -42,6 +42,10 @@ class FeedbackTask:
             parts, self.excluded = split_apart(source, counts, config.seed, evaluation)
         self.train_indices, self.meta_indices, self.held_indices = parts
         self.seed = config.seed
+        if config.method == "finetune":  # all labels that the other methods see
+            self.train_indices = self.train_indices + self.meta_indices
+        if config.feedback.shuffle:
+            source = Shuffled(source, key(config.seed, "shuffle", kind))
         self.head = build_head(f"{kind}_{settings.head}", dim, source.num_classes)
         size = (config.feedback.size, config.feedback.size)
         workers = 0 if config.data.in_memory else min(1, config.data.workers)
@@ -204,3 +208,44 @@ def batch_gradient(
         features = functional_call(backbone, leaves, (state,), {"start": scope.start or 0})
         loss = task.loss(features.patches, features.grid, labels)
     return list(torch.autograd.grad(loss, list(leaves.values()))), loss.detach()
+
+
+class Labels:
+    """The feedback tasks as the objective of a fine-tuning: heads and backbone follow the labels together."""
+
+    def __init__(self, config: Config, dim: int, device: torch.device) -> None:
+        self.device, self.warmup = device, config.feedback.warmup
+        self.feedback = open_feedback(config, dim, device)
+
+    def warm_up(self, backbone: Backbone, guard: FiniteGuard) -> None:
+        """Fit the heads first, as the other methods do before they take a gradient from them."""
+        for task in self.feedback:
+            for _ in range(self.warmup):
+                fit_head(task, backbone, self.device, guard)
+
+    def losses(self, backbone: Backbone) -> dict[str, Tensor]:
+        """L_down of each task on its next batch; the heads are in training mode."""
+        found = {}
+        for task in self.feedback:
+            images, labels = (part.to(self.device, non_blocking=True) for part in task.train.next())
+            features = backbone(backbone.normalise(images))
+            task.head.train()
+            with torch.autocast(self.device.type, enabled=False):
+                found[f"loss_{task.kind}"] = task.loss(features.patches.float(), features.grid, labels)
+        return found
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Σ α L_down."""
+        return torch.stack([task.weight * losses[f"loss_{task.kind}"] for task in self.feedback]).sum()
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of the heads."""
+        return [task.optimizer for task in self.feedback]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {task.kind: task.state_dict() for task in self.feedback}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for task in self.feedback:
+            task.load_state_dict(state[task.kind], self.device)

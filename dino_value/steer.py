@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_value.config import Config
+from dino_value.checkpoint import load_checkpoint
+from dino_value.config import Config, packaged
 from dino_value.data.sampling import Cursor, Source, Stream, generator, key
-from dino_value.designers import DESIGNERS, RandomMasks, sparsity, total_variation
+from dino_value.designers import DESIGNERS, AttentionMasks, RandomMasks, sparsity, total_variation
 from dino_value.errors import UserError
 from dino_value.feedback import downstream_gradient, fit_head, held_gradients, open_feedback
 from dino_value.objectives.interface import Draw, Objective, Parts, State
@@ -85,15 +86,12 @@ class Steer:
             check_method(config.value.combine)
 
         torch.manual_seed(key(config.seed, "designer"))
-        d = config.designer
-        self.designer: nn.Module | None = None
+        self.designer = open_designer(config, teacher)
         self.designer_optimizer: torch.optim.Optimizer | None = None
-        if d.mask:
-            self.designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio).to(device)
-            self.designer_optimizer = torch.optim.AdamW(
-                self.designer.parameters(), lr=d.lr, weight_decay=0.0, fused=True
-            )
-        self.feedback = open_feedback(config, backbone.embed_dim, device)
+        if self.designer is not None and config.learns_masks:
+            phi = self.designer.parameters()
+            self.designer_optimizer = torch.optim.AdamW(phi, lr=config.designer.lr, weight_decay=0.0, fused=True)
+        self.feedback = open_feedback(config, backbone.embed_dim, device) if config.needs_labels else []
         self.guards = {task.kind: Guard(config.value.guard_rate) for task in self.feedback if task.guard}
         # No image of the g_down batches may be among those of g_pre.
         held = {task.source.name(index) for task in self.feedback for index in task.meta_indices + task.held_indices}
@@ -120,6 +118,7 @@ class Steer:
         """What the learner sees at `step`: the views as they are during burn-in, or without a mask generator."""
         if self.designer is None or step < self.config.value.burn_in:
             return views
+        torch.manual_seed(key(self.config.seed, "masks", step))  # of masks that are drawn
         learned, masks = design_views(self.designer, views, self.config.designer, key(self.config.seed, "fill", step))
         self.meters.add(mask_mean=masks.mean())
         return learned
@@ -187,6 +186,8 @@ class Steer:
     def update_if_due(self, step: int, temperature: float) -> None:
         """The updates of φ that come before learner step `step`: one every r steps after burn-in, more at its end."""
         v = self.config.value
+        if not (self.config.needs_labels or self.config.learns_masks):
+            return
         since = step - v.burn_in
         if since >= 0 and since % v.period == 0:
             for _ in range(1 + (v.warmup if since == 0 else 0)):
@@ -202,7 +203,7 @@ class Steer:
         """
         # No pass of an update may give θ a gradient, or differ from the next by what stochastic depth has drawn.
         with constant(self.student), evaluating(self.student):
-            self._update(step, temperature)
+            (self._oppose if self.config.method == "adversarial" else self._update)(step, temperature)
 
     def _update(self, step: int, temperature: float) -> None:
         config, number, backbone = self.config, self.updates, self.student.backbone
@@ -220,10 +221,10 @@ class Steer:
         if number == 0:
             self._check(views, temperature, parameters, gradients, g_down)
 
-        with torch.set_grad_enabled(self.designer is not None):
+        with torch.set_grad_enabled(self.designer_optimizer is not None):
             hidden = task.trunk()
         metrics = {f"loss_{kind}": loss for kind, (_, loss) in found.items()}
-        if self.designer is None:
+        if self.designer_optimizer is None:
             g_pre = pre_gradient(task, hidden, parameters)
             direction(g_down, g_pre)
             metrics |= ValueStep.of(g_down, g_pre)._asdict()
@@ -249,13 +250,40 @@ class Steer:
         assert self.designer is not None
         assert self.designer_optimizer is not None
         assert task.masks is not None
-        d, phi = self.config.designer, list(self.designer.parameters())
+        phi = list(self.designer.parameters())
         self.designer_optimizer.zero_grad()
-        penalty = d.lambda_spars * sparsity(task.masks, d.keep_ratio) + d.lambda_tv * total_variation(task.masks)
+        penalty = self._penalty(task.masks)
         found = value_step(task, parameters, g_down, direction, self._engine(), phi, penalty, hidden)
         length = torch.nn.utils.clip_grad_norm_(phi, self.config.optim.clip)
         spread = task.masks.detach().std((-1, -2)).mean()
         return found._asdict() | {"designer_gradient_norm": length, "mask_spread": spread}
+
+    def _penalty(self, masks: Tensor) -> Tensor:
+        """λR(φ), method section 3."""
+        d = self.config.designer
+        return d.lambda_spars * sparsity(masks, d.keep_ratio) + d.lambda_tv * total_variation(masks)
+
+    def _oppose(self, step: int, temperature: float) -> None:
+        """A step of φ on −L_pre + λR: masks that make the task as hard as they can (ADIOS)."""
+        assert self.designer is not None
+        assert self.designer_optimizer is not None
+        config, number, backbone = self.config, self.updates, self.student.backbone
+        torch.manual_seed(key(config.seed, "designer step", number))
+        views = make_views(backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number)
+        task, phi = self._task(views, temperature, self.designer), list(self.designer.parameters())
+        self.designer_optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = task.tail(task.trunk(), self.scope.parameters(backbone))
+            assert task.masks is not None
+            (self._penalty(task.masks) - loss).backward(inputs=phi)
+        length = torch.nn.utils.clip_grad_norm_(phi, config.optim.clip)
+        metrics = {"opposed_loss": loss.detach(), "designer_gradient_norm": length}
+        self.guard.watch(
+            self.designer_optimizer, lambda bad: not_finite(step, bad, self.meta_stream, number), **metrics
+        )
+        self.guard.step(self.designer_optimizer)
+        self.updates += 1
+        self.meters.add(**metrics, mask_spread=task.masks.detach().std((-1, -2)).mean())
 
     def _g_down(self, gradients: dict[str, Gradient]) -> Gradient:
         """One g_down of the tasks that are not guards; in the random arm a Gaussian of its norms."""
@@ -326,7 +354,7 @@ class Steer:
         for kind, gradient in gradients.items():
             with refusing(f"feedback.{kind}"):
                 check_start(gradient)
-        if self.designer is None:
+        if self.designer is None or self.designer_optimizer is None:
             return
         task, phi = self._task(views.first(CHECK_IMAGES), temperature, self.designer), list(self.designer.parameters())
         with refusing("value.engine"):
@@ -373,7 +401,7 @@ class Steer:
         for name, found in gain._asdict().items():
             metrics |= {f"held_value_{name}": found.value, f"held_cosine_{name}": found.cosine}
         metrics |= {f"split_half_{kind}": split_half(parts) for kind, parts in held.items() if len(parts) > 1}
-        if self.designer is not None:
+        if self.designer is not None and self.designer_optimizer is not None:
             few = self._task(views.first(CHECK_IMAGES), temperature, self.designer)
             phi = list(self.designer.parameters())
             error = engine_error(few, parameters, g_held, phi, self._engine())
@@ -392,8 +420,9 @@ class Steer:
             "feedback": {task.kind: task.state_dict() for task in self.feedback},
             "guards": {kind: guard.state_dict() for kind, guard in self.guards.items()},
         }
-        if self.designer is not None and self.designer_optimizer is not None:
+        if self.designer is not None and self.config.designer.mask:
             state["designer"] = self.designer.state_dict()
+        if self.designer_optimizer is not None:
             state["optimizer"] = self.designer_optimizer.state_dict()
         return state
 
@@ -407,8 +436,9 @@ class Steer:
             task.load_state_dict(state["feedback"][task.kind], self.device)
         for kind, guard in self.guards.items():
             guard.load_state_dict(state["guards"][kind])
-        if self.designer is not None and self.designer_optimizer is not None:
+        if self.designer is not None and self.config.designer.mask:
             self.designer.load_state_dict(state["designer"])
+        if self.designer_optimizer is not None:
             self.designer_optimizer.load_state_dict(state["optimizer"])
 
 
@@ -451,6 +481,36 @@ def engines(radius: float) -> dict[str, Engine]:
         "finite_difference": functools.partial(ENGINES["finite_difference"], radius=radius),
         "double_backward": ENGINES["double_backward"],
     }
+
+
+def open_designer(config: Config, teacher: Learner) -> nn.Module | None:
+    """What makes masks, if anything does; with `designer.start_from`, as another run left it.
+
+    Raises:
+        UserError: that run has no mask generator, or one of other sizes.
+    """
+    d, backbone = config.designer, teacher.backbone
+    if d.control == "random_masks":
+        return RandomMasks(d.keep_ratio, backbone.patch_size)
+    if d.control == "attention":
+        size, device = config.views.global_size, next(teacher.parameters()).device
+        backbone.class_attention(torch.zeros(1, 3, size, size, device=device))  # refuse now what cannot be read
+        return AttentionMasks(d.keep_ratio, backbone.class_attention)
+    if d.mask is None:
+        return None
+    designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio).to(next(teacher.parameters()).device)
+    if d.start_from is not None:
+        state = load_checkpoint(packaged(d.start_from)).get("steer", {}).get("designer")
+        if state is None:
+            raise UserError(f"designer.start_from={d.start_from}: this run has no mask generator")
+        try:
+            designer.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"designer.start_from={d.start_from}: of another architecture than designer.name={d.name}, width="
+                f"{d.width}, depth={d.depth}, stride={d.stride}: {' '.join(str(error).split())[:200]}"
+            ) from None
+    return designer
 
 
 def open_scope(config: Config, backbone: nn.Module, final_norm: str) -> Scope:

@@ -22,6 +22,7 @@ from dino_value.config import Config, packaged
 from dino_value.data import SkippingViews, open_views
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.errors import Interrupted, UserError
+from dino_value.feedback import FeedbackTask, Labels
 from dino_value.files import write_json
 from dino_value.health import Checkup, CollapseWatch
 from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
@@ -56,8 +57,8 @@ def train(config: Config, quiet: bool = False) -> Path:
     if run.step >= config.steps:
         return folder
     record_environment(folder, environment(config.seed, run.device))
-    if run.steer is not None:
-        write_json(folder / "splits.json", {task.kind: task.splits() for task in run.steer.feedback})
+    if run.feedback:
+        write_json(folder / "splits.json", {task.kind: task.splits() for task in run.feedback})
 
     metrics = MetricsFile(folder, run.step)
     clock = Clock()
@@ -124,7 +125,10 @@ class Run:
         self.guard = FiniteGuard()
         self.collapse = CollapseWatch(config)
         self.steer: Steer | None = None
-        if config.method != "baseline":
+        self.labels: Labels | None = None
+        if config.method == "finetune":
+            self.labels = Labels(config, backbone.embed_dim, self.device)
+        if config.designs:
             self.steer = Steer(
                 config,
                 self.student,
@@ -144,6 +148,8 @@ class Run:
 
     def learner_update(self, large: Tensor, small: Tensor) -> None:
         """One step of Algorithm 1 on an unlabeled batch, uint8 [2 B 3 H W] and [N B 3 h w]."""
+        if self.labels is not None:
+            return self.supervised_update(self.labels)
         config, steer = self.config, self.steer
         backbone, temperature = self.student.backbone, self.teacher_temperature()
         views = make_views(backbone, (large, small), config.views, self.device, config.seed, "learner", self.step)
@@ -184,6 +190,44 @@ class Run:
         named = {f"loss_{name}": part for name, part in parts.items()}
         self.meters.add(loss=loss, **named, gradient_norm=gradient_norm, **self.loss.watch(targets))
         self.step += 1
+
+    def supervised_update(self, labels: Labels) -> None:
+        """A step on labels alone, with the learner's optimizer, schedules and average: what the labels are worth if
+        they are spent on the backbone itself."""
+        config, backbone = self.config, self.student.backbone
+        if self.step == 0:
+            labels.warm_up(backbone, self.guard)
+        torch.manual_seed(key(config.seed, "step", self.step))
+        with self.autocast():
+            losses = labels.losses(backbone)
+        loss = labels.total(losses)
+        for optimizer in (self.optimizer, *labels.optimizers):
+            optimizer.zero_grad()
+        loss.backward()
+        gradient_norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.optim.clip)
+        self.set_schedules()
+        numbers = {task.kind: task.train.count - 1 for task in labels.feedback}
+        batches = "; ".join(task.train_stream.describe(numbers[task.kind]) for task in labels.feedback)
+        step = self.step
+        for optimizer in (self.optimizer, *labels.optimizers):
+            self.guard.watch(
+                optimizer,
+                lambda bad: f"step {step}: {bad} not finite; nothing was applied. {batches}. Lower optim.lr",
+                loss=loss,
+                gradient_norm=gradient_norm,
+            )
+        for optimizer in (self.optimizer, *labels.optimizers):
+            self.guard.step(optimizer)
+        momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
+        update_teacher(self.student, self.teacher, momentum)
+        self.meters.add(loss=loss, **losses, gradient_norm=gradient_norm)
+        self.step += 1
+
+    @property
+    def feedback(self) -> list[FeedbackTask]:
+        """What reads labels, if anything does."""
+        user = self.steer or self.labels
+        return [] if user is None else user.feedback
 
     def watch(self, **terms: Tensor) -> None:
         """Have the guard refuse the learner's step if a term is not finite."""
@@ -271,6 +315,8 @@ class Run:
         }
         if self.steer is not None:
             state["steer"] = self.steer.state_dict()
+        if self.labels is not None:
+            state["labels"] = self.labels.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -285,3 +331,5 @@ class Run:
         self.collapse.load_state_dict(state["collapse"])
         if self.steer is not None:
             self.steer.load_state_dict(state["steer"])
+        if self.labels is not None:
+            self.labels.load_state_dict(state["labels"])

@@ -124,6 +124,29 @@ class Subset:
         return self.source.group(self.indices[index])
 
 
+class Shuffled:
+    """A source whose images carry each other's targets: labels that say as much as before, and nothing of the image."""
+
+    def __init__(self, source: LabelledSource, seed: int) -> None:
+        self.source = source
+        self.kind, self.num_classes, self.class_names = source.kind, source.num_classes, source.class_names
+        self.order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        image, _ = self.source.load(index)
+        _, target = self.source.load(self.order[index])
+        return image, target if target.ndim == 0 else resize_target(target, (image.shape[-2], image.shape[-1]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def group(self, index: int) -> str:
+        return self.source.group(index)
+
+
 def readable(source: LabelledSource) -> Subset:
     """What of a source can be read; reads everything once.
 
