@@ -55,6 +55,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress")
     train.set_defaults(command=_train)
 
+    compare = commands.add_parser("compare", help="arms against each other, paired by seed, a verdict for each claim")
+    compare.add_argument("spec", metavar="SPEC", help="a YAML file, or a packaged one such as compare/scenes")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="of the specification: out=DIR seeds=5 …")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    compare.set_defaults(command=_compare)
+
+    report = commands.add_parser("report", help="one HTML page about runs: curves, masks, features, evaluations")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders; one method a seed are paired arms"
+    )
+    report.add_argument("--out", type=Path, help="the page (default: RUN/report.html, or runs.html for several)")
+    report.set_defaults(command=_report)
+
     probe = commands.add_parser("probe", help="does V foretell what one step of a run does to held-out feedback?")
     probe.add_argument("run", type=Path, metavar="RUN", help="folder of a run with feedback")
     probe.add_argument("--trials", type=int, default=32, help="one-step updates tried (default: %(default)s)")
@@ -103,6 +116,32 @@ def _train(arguments: argparse.Namespace) -> int:
 
     folder = train(load_config(arguments.config, arguments.overrides), quiet=arguments.quiet)
     print(folder)
+    return EXIT_DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dino_value.compare import compare, load_spec, print_claims, write_page
+
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: at least one")
+    spec = load_spec(arguments.spec, arguments.overrides)
+    results = compare(spec, arguments.jobs)
+    command = " ".join(["dino-value", "compare", arguments.spec, *arguments.overrides])
+    summary = (
+        f"{len(spec.arms)} arms of {spec.config}, continued from one start on one stream with {spec.seeds} paired "
+        "seeds; step 0 is the start itself."
+    )
+    path = write_page(spec, results, f"Comparison: {arguments.spec}", summary, [command])
+    print_claims(spec, results)
+    print(path)
+    return EXIT_DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dino_value.run_report import report_runs
+
+    default = arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("runs.html")
+    print(report_runs(arguments.runs, arguments.out or default))
     return EXIT_DONE
 
 

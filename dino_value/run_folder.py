@@ -68,6 +68,7 @@ _OURS = {
     "results",
     "export",
     "report.html",
+    "report_figures",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.
 _FREE = {"out", "device", "log_every", "data.workers", "checkpoint.every", "checkpoint.keep"} | {

@@ -61,7 +61,8 @@ def untouched(out: Path) -> bool:
     """Nothing that looks like a result, whole or half: no weights, no checkpoint, no row, no temporary file."""
     found = [path for path in out.rglob("*") if path.is_file()]
     rows = [path for path in found if path.name == "metrics.jsonl" and path.stat().st_size]
-    return not rows and {path.name for path in found} <= {"config.yaml", "environment.json", "metrics.jsonl"}
+    made = {"config.yaml", "environment.json", "metrics.jsonl", "splits.json"}
+    return not rows and {path.name for path in found} <= made
 
 
 def test_a_run_prints_its_folder(tiny_yaml: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
