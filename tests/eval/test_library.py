@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from dino_value import cli
 from dino_value.backbones import Backbone, create_backbone, save_backbone
-from dino_value.data.labelled import LabelledTensors
+from dino_value.data.labelled import LabelledTensors, readable
 from dino_value.errors import Interrupted, UserError
-from dino_value.eval import EVALUATIONS, command, common, depth, intervals, knn, linear, output, seg
+from dino_value.eval import EVALUATIONS, command, common, depth, fitting, intervals, knn, linear, output, seg
 from dino_value.heads import LinearBNHead, LinearBNHeads, classification_loss, heads_loss
 
 SIZE = (32, 32)
@@ -87,12 +87,12 @@ def test_dense_heads_read_four_blocks(backbone: Backbone) -> None:
 def test_views_and_unreadable_items() -> None:
     source = class_source(6)
     source.targets[2] = 3
-    view, errors = common.readable(source)
-    assert (len(view), errors) == (5, ["sample 2: labels 3 … 3, but there are 3 classes (0 … 2, 255 = ignore)"])
+    view = readable(common.View(source))
+    assert (len(view), view.skipped) == (5, ["sample 2: labels 3 … 3, but there are 3 classes (0 … 2, 255 = ignore)"])
     assert view.name(2) == "sample 3"
     source.targets[:] = 3
-    with pytest.raises(UserError, match="no item can be read"):
-        common.readable(source)
+    with pytest.raises(UserError, match="none of 6 images can be read"):
+        readable(common.View(source))
 
 
 def test_the_centre_of_a_larger_image() -> None:
@@ -322,7 +322,7 @@ class StopAfter:
     """Raise SIGTERM in this process while batch `count` is asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-        batches = common.training_batches
+        batches = fitting.training_batches
 
         def stopping(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
             for index, batch in enumerate(batches(*args, **kwargs), start=1):
@@ -330,7 +330,7 @@ class StopAfter:
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
-        monkeypatch.setattr(common, "training_batches", stopping)
+        monkeypatch.setattr(fitting, "training_batches", stopping)
 
 
 @pytest.mark.parametrize("cache_gb", [0.0, 4.0])
@@ -479,7 +479,7 @@ def test_every_entry_of_the_registry(name: str) -> None:
     assert found.name == name
     flags = set(vars(command.build_parser(found).parse_args(["w", "--data", "d", "--out", "o"])))
     # Every flag sets an option, or is one that the command line knows.
-    known = {"weights", "data", "out", "model", "min_match", "skip_unreadable", "set"}
+    known = {"weights", "data", "out", "model", "min_match", "skip_unreadable", "set", "group_pattern"}
     assert flags - known <= set(found.defaults.__dataclass_fields__)
 
 

@@ -243,8 +243,8 @@ def test_a_crop_moves_image_and_labels_together() -> None:
 def test_features_are_kept_only_where_crops_do_not_vary(backbone: Backbone) -> None:
     with common.frozen(backbone, seg.read_map, OPTIONS) as extractor:
         square, wide = (seg.Crops(source(32, width, 8), OPTIONS) for width in (32, 50))
-        assert common._cache(extractor, square, OPTIONS) is not None
-        assert common._cache(extractor, wide, OPTIONS) is None
+        assert common.remember(extractor, square, OPTIONS) is not None
+        assert common.remember(extractor, wide, OPTIONS) is None
 
 
 def test_a_small_scale_is_padded_with_ignored_pixels() -> None:
