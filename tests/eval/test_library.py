@@ -407,6 +407,57 @@ def test_all_evaluations_in_one_call(two: list[str], tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.usefixtures("embedded")
+def test_a_stopped_command_goes_on_where_it_was(
+    two: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM in the second of two head trainings: the first is not trained again, and the numbers are the same."""
+    settings = ["steps=6", "size=32", "device=cpu", "batch=4", "linear.lr=1e-2"]
+    arguments = ["eval", "all", two[0], "--data-imagefolder", "scenes", "--data-ade20k", "scenes", *settings]
+    assert cli.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    arguments = [*arguments, "--out", str(tmp_path / "stopped")]
+    batches, seen = fitting.training_batches, list[int]()
+
+    def stopping(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches(*args):
+            seen.append(1)
+            if len(seen) == 9:  # the third of seg, after six of linear
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    def counting(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        seen.append(args[4])
+        return batches(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "training_batches", stopping)
+        assert cli.main(arguments) == 75
+    assert len(seen) == 9
+    assert "stopped: " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "training_batches", counting)
+        assert cli.main([*arguments, "resume=true"]) == 0
+    assert seen[9:] == [6, 3]  # both begin where they were: nothing is left of linear, half of seg
+    for name in ("linear", "knn", "seg", "retrieval"):
+        first, second = (
+            json.loads((tmp_path / kind / name / "results.json").read_text()) for kind in ("whole", "stopped")
+        )
+        for key in ("seconds", "phases", "images_per_second", "environment"):
+            del first[key], second[key]
+        assert first == second
+    assert not list(tmp_path.rglob(".*.pt"))
+
+
+@pytest.mark.usefixtures("embedded")
+def test_switches_and_data_of_one_evaluation(two: list[str], tmp_path: Path) -> None:
+    settings = ["steps=2", "size=32", "device=cpu", "batch=4", "depth.eigen-crop=false", "depth.flip=false"]
+    arguments = ["eval", "all", two[0], "--data-nyuv2", "scenes", "retrieval.data=scenes", "--out", str(tmp_path)]
+    assert cli.main([*arguments, *settings]) == 0
+    assert set(json.loads((tmp_path / "comparison.json").read_text())) == {"depth", "retrieval"}
+    results = json.loads((tmp_path / "depth" / "results.json").read_text())
+    assert results["settings"]["eigen_crop"] is results["settings"]["flip"] is False
+
+
+@pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -417,6 +468,7 @@ def test_all_evaluations_in_one_call(two: list[str], tmp_path: Path, capsys: pyt
         (["W", "--data", "scenes", "seg.steps=many"], "invalid int value"),
         (["W", "W", "--data", "scenes"], "given twice"),
         (["W", "--data", "scenes", "steps=0"], "steps=0 must be positive"),
+        (["W", "--data", "scenes", "seg.flip=maybe"], "seg.flip=maybe: choose true or false"),
     ],
 )
 def test_all_refuses(
