@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from dino_value.errors import EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
@@ -20,10 +23,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Our warnings as one line, each once, without the place in the source where Python would put them."""
+    before = warnings.formatwarning
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is UserWarning and Path(__file__).parent in Path(filename).parents:
+            return f"warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = short
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def exit_code(command: Callable[[], int]) -> int:
     """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake) or 75 (stopped, resumable)."""
     try:
-        return command()
+        with _short_warnings():
+            return command()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER
