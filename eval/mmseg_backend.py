@@ -10,8 +10,10 @@ import io
 import logging
 import multiprocessing
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from copy import deepcopy
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -27,13 +29,11 @@ from dino_value.backbones import Backbone
 from dino_value.data.labelled import LabelledSource
 from dino_value.errors import UserError
 from dino_value.eval import common
+from dino_value.heads import IGNORE
 from dino_value.process import stop_requests
 
 if TYPE_CHECKING:
     from dino_value.eval.seg import SegOptions
-
-HEADS = ("linear", "upernet")
-"""Files of configs/mmseg."""
 
 Pair = tuple[LabelledSource, LabelledSource]
 
@@ -41,32 +41,25 @@ UNBOUNDED = 1_000_000
 """Longest side of a scaled image, pixels: the short side alone decides."""
 
 
-def run_mmseg(
-    backbone: Backbone, train_source: LabelledSource, val_source: LabelledSource, options: SegOptions
-) -> dict[str, float]:
-    """Train a head with mmsegmentation's Runner and score it with its metric; the metrics of `seg.evaluate`.
+def measure(backbone: Backbone, data: Pair, options: SegOptions) -> common.Result:
+    """`seg.measure` by mmsegmentation, which calls this: its Runner trains a head, and its metric scores it.
 
     Args:
-        train_source, val_source: what the files of an ADEChallengeData2016 folder hold; mmsegmentation reads the files.
-        options: `head` is one of `HEADS`; with `state`, checkpoints and logs stay in its folder `mmseg`.
+        data: what the files of an ADEChallengeData2016 folder hold; mmsegmentation reads the files.
+        options: as `seg.measure` has checked them; with `state`, checkpoints and logs stay in its folder `mmseg`.
 
     Raises:
         UserError: mmsegmentation is not installed; settings or data that it has no counterpart for.
         Interrupted: a signal came, and a checkpoint has been written.
     """
-    return measure(backbone, (train_source, val_source), options).metrics
-
-
-def measure(backbone: Backbone, data: Pair, options: SegOptions) -> common.Result:
-    """`run_mmseg`, with what intervals, results.json and pictures need."""
     require_mmseg()
-    check_settings(backbone, options)
+    check_settings(backbone, data[0].num_classes, options)
     seconds: dict[str, float] = {}
     with _folder(options) as folder, isolated(options), common.frozen(backbone, lambda found: found.patches, options):
         runner = build_runner(backbone, data, options, folder)
-        with common.timed(seconds, "fit"):
+        with common.timed(seconds, "fit"), plain_errors():
             train(runner, options)
-        with common.timed(seconds, "score"):
+        with common.timed(seconds, "score"), plain_errors():
             result = score(runner, data[1], options)
     result.seconds = seconds
     return result
@@ -81,10 +74,10 @@ def require_mmseg() -> None:
         raise UserError(f"--backend mmseg needs the extra: pip install 'dino-value[mmseg]' ({reason})") from None
 
 
-def check_settings(backbone: Backbone, options: SegOptions) -> None:
-    """Raises UserError for settings that only our own backend has."""
-    if options.head not in HEADS:
-        raise UserError(f"head={options.head}: --backend mmseg has {' and '.join(HEADS)}")
+def check_settings(backbone: Backbone, classes: int, options: SegOptions) -> None:
+    """Raises UserError for what only our own backend can do."""
+    if classes >= IGNORE:
+        raise UserError(f"{classes} classes: mmsegmentation takes the last for pixels to ignore; {IGNORE - 1} at most")
     if options.flip or tuple(options.scales) != (1.0,):
         raise UserError("--backend mmseg scores images once, as they are: leave out --flip and --scales")
     if options.inference == "slide" and options.size[0] != options.size[1]:
@@ -101,6 +94,15 @@ def _folder(options: SegOptions) -> Iterator[Path]:
         return
     with TemporaryDirectory() as name:
         yield Path(name)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What a worker raised comes as a text with its traceback, whose last line is the message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("dino_value.errors.UserError: ")) from None
 
 
 @contextmanager
@@ -252,10 +254,11 @@ def build_runner(backbone: Backbone, data: Pair, options: SegOptions, folder: Pa
             "give those again, or leave --resume out to start anew"
         )
     settings.write_text(key, encoding="utf-8")
-    model = config.model.to_dict()
-    model["backbone"]["weights"] = backbone
+    model = deepcopy(config.model)  # the configuration itself is written to a file: no place for a module
+    model.backbone.weights = backbone
     # The Runner's log goes to where stdout is when it is made, and to a file.
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "``build_loss`` would be deprecated")  # mmsegmentation calls its own
         runner = Runner(
             model=model,
             work_dir=str(folder),
@@ -322,7 +325,6 @@ def score(runner: Any, source: LabelledSource, options: SegOptions) -> common.Re
         metrics,
         counts.rows,
         statistic,
-        about={"backend": "mmsegmentation"},
         pictures=[_picture(source, index, kept) for index, kept in enumerate(counts.kept)],
     )
 

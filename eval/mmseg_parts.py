@@ -17,12 +17,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from dino_value.backbones import Backbone, Hidden, load_backbone
 from dino_value.data.ade20k import INFO_NAME, read_class_names
 from dino_value.errors import Interrupted, UserError
-from dino_value.heads import IGNORE, feature_map
+from dino_value.heads import IGNORE, LinearBNSegHead, feature_map
 
 COMPILED = "mmcv._ext"
 
@@ -135,36 +136,15 @@ class DinoValueBackbone(BaseModule):
 
 @MODELS.register_module()
 class LinearBN(BaseDecodeHead):
-    """`heads.LinearBNSegHead` as a decode head: batch norm and a 1×1 convolution, no dropout."""
+    """`heads.LinearBNSegHead` as a decode head, under the name `head`; without dropout unless asked for."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{"dropout_ratio": 0.0, **kwargs})
-        self.norm = nn.BatchNorm2d(self.in_channels)
+        super().__init__(**{"dropout_ratio": 0.0, "init_cfg": None, **kwargs})
+        self.head = LinearBNSegHead(self.in_channels, self.out_channels, self.dropout_ratio)
+        del self.conv_seg  # the base's own classifier
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        return self.cls_seg(self.norm(self._transform_inputs(inputs)))
-
-
-OURS_TO_MMSEG = {"norm.": "norm.", "classify.": "conv_seg."}
-
-
-def load_linear(head: nn.Module, state: dict[str, Tensor]) -> None:
-    """Weights of a `LinearBNSegHead` into a `LinearBN`."""
-    head.load_state_dict(_renamed(state, OURS_TO_MMSEG))
-
-
-def linear_state(head: nn.Module) -> dict[str, Tensor]:
-    """Weights of a `LinearBN` as a `LinearBNSegHead` loads them."""
-    return _renamed(head.state_dict(), {new: old for old, new in OURS_TO_MMSEG.items()})
-
-
-def _renamed(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
-    return {
-        new + name[len(old) :]: value
-        for name, value in state.items()
-        for old, new in prefixes.items()
-        if name.startswith(old)
-    }
+        return self.head(self._transform_inputs(inputs))
 
 
 @DATASETS.register_module()
@@ -175,6 +155,9 @@ class ChallengeADE20K(ADE20KDataset):
 
     Args:
         classes: names in label order; None reads them from `data_root`.
+
+    Raises:
+        UserError: an image or annotation that cannot be read, once it is asked for.
     """
 
     METAINFO: ClassVar[dict[str, Any]] = {}
@@ -185,6 +168,13 @@ class ChallengeADE20K(ADE20KDataset):
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
         return {**super().get_data_info(idx), "num_classes": len(self.metainfo["classes"])}
+
+    def prepare_data(self, idx: int) -> Any:
+        try:
+            return super().prepare_data(idx)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            paths = [self.get_data_info(idx)[key] for key in ("img_path", "seg_map_path")]
+            raise UserError(f"{' or '.join(paths)} cannot be read ({error})") from None
 
 
 @TRANSFORMS.register_module()

@@ -4,6 +4,8 @@ Protocol: images scaled to a short side of 512 px; random crops of 512 px to tra
 steps of 8; sliding windows of 512 px, two thirds apart, to test; scored at each label map's own resolution; mean IoU
 over the classes that the labels or the predictions contain, as mmsegmentation reports it. `--inference whole` stretches
 images to the size instead, in training too.
+
+`--backend mmseg` has mmsegmentation do all of this on the same backbone (mmseg_backend.py, docs/mmseg.md).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from dino_value.eval import command, common, windows
 from dino_value.heads import IGNORE, build_head, feature_map, segmentation_loss
 
 HEADS = {"linear": "seg_linear", "conv": "seg_conv"}
+BACKENDS = {"own": tuple(HEADS), "mmseg": ("linear", "upernet")}
+"""The heads of each backend; mmseg's are files of configs/mmseg."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class SegOptions(common.HeadOptions):
     """Defaults: the ADE20K protocol.
 
     Args:
+        backend: `own`, or `mmseg`: mmsegmentation's Runner, with the extra [mmseg].
         inference: `slide`, windows over an image of its own aspect; `whole`, the image stretched to `size`.
         stride: pixels from window to window; 0 is two thirds of the window, as mmsegmentation's 341 of 512.
         flip: average with the mirrored image's prediction.
@@ -42,6 +47,7 @@ class SegOptions(common.HeadOptions):
 
     size: tuple[int, int] = (512, 512)
     lr: float = 5e-4
+    backend: str = "own"
     inference: str = "slide"
     stride: int = 0
     flip: bool = False
@@ -76,6 +82,10 @@ def measure(backbone: Backbone, data: command.Pair, options: SegOptions) -> comm
     """`evaluate`, with what intervals, results.json and pictures need."""
     common.check_inputs(backbone, data, "seg", options)
     check_settings(options)
+    if options.backend == "mmseg":
+        from dino_value.eval import mmseg_backend
+
+        return mmseg_backend.measure(backbone, data, options)
     training, validation = map(common.View, data)
     seconds: dict[str, float] = {}
     with common.frozen(backbone, read_map, options) as extractor:
@@ -89,6 +99,11 @@ def measure(backbone: Backbone, data: command.Pair, options: SegOptions) -> comm
 
 def check_settings(options: SegOptions) -> None:
     """Raises UserError for a setting out of range."""
+    if options.backend not in BACKENDS:
+        raise UserError(f"backend={options.backend}: choose {' or '.join(BACKENDS)}")
+    if options.head not in BACKENDS[options.backend]:
+        heads = "; ".join(f"--backend {name} has {' and '.join(known)}" for name, known in BACKENDS.items())
+        raise UserError(f"head={options.head} with --backend {options.backend}: {heads}")
     if options.inference not in ("slide", "whole"):
         raise UserError(f"inference={options.inference}: choose slide or whole")
     if not 0 <= options.stride <= min(options.size):
@@ -391,7 +406,11 @@ def told_apart(names: Sequence[str]) -> list[str]:
 
 def flags(parser: Any) -> None:
     defaults, switch = EVALUATION.defaults, argparse.BooleanOptionalAction
-    parser.add_argument("--head", default=defaults.head, choices=list(HEADS))
+    heads = list(dict.fromkeys(head for known in BACKENDS.values() for head in known))
+    parser.add_argument("--head", default=defaults.head, choices=heads, help="conv: own only, upernet: mmseg only")
+    parser.add_argument(
+        "--backend", default=defaults.backend, choices=list(BACKENDS), help="who trains and scores; see docs/mmseg.md"
+    )
     parser.add_argument(
         "--inference", default=defaults.inference, choices=["slide", "whole"], help="windows, or stretch"
     )
