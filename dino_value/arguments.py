@@ -14,6 +14,7 @@ from typing import NoReturn
 from dino_value.errors import EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_GONE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.EHOSTDOWN}
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,10 +52,11 @@ def exit_code(command: Callable[[], int]) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK | _GONE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; free space or choose another folder", file=sys.stderr)
+        advice = "the file system is gone" if error.errno in _GONE else "free space or choose another folder"
+        print(f"error: {where}{error.strerror}; {advice}", file=sys.stderr)
         return EXIT_USER
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from dino_value.attention import choose, kernel, wants_math
 from dino_value.blocks import apply_block, class_attention, compiled_block, unknown
 from dino_value.errors import UserError
+from dino_value.files import replacing
 from dino_value.weights import TIMM, misfits, read_header, read_tensors, recognise, table_side, to_timm
 
 WEIGHTS_NAME = "backbone.safetensors"
@@ -432,21 +433,31 @@ def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mappi
     Raises:
         OSError: the disk refused it.
     """
-    path = Path(path)
+    write_weights(path, *backbone_weights(backbone, extra))
+
+
+def backbone_weights(
+    backbone: Backbone, extra: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_backbone` writes: timm-keyed tensors, those of a CPU not copied, and the header."""
     metadata = {"model": backbone.name, "kwargs": json.dumps(backbone.kwargs), **(extra or {})}
     if backbone.positions != TIMM:
         metadata["positions"] = json.dumps(backbone.positions)
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    return tensors, metadata
+
+
+def write_weights(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A .safetensors file, complete or not at all.
+
+    Raises:
+        OSError: the disk refused it.
+    """
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_backbone(

@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="out=DIR method=value steps=300 optim.lr=1e-4 …"
     )
     train.add_argument("--quiet", action="store_true", help="no progress")
+    train.add_argument("--override", action="store_true", help="go on with a run although its settings are others now")
     train.set_defaults(command=_train)
 
     compare = commands.add_parser("compare", help="arms against each other, paired by seed, a verdict for each claim")
@@ -75,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--seed", type=int, default=0, help="of the unlabeled batches (default: %(default)s)")
     probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe.json)")
     probe.set_defaults(command=_probe)
+
+    replay = commands.add_parser("replay", help="compute again a step whose loss or gradient was not finite")
+    replay.add_argument("file", type=Path, metavar="FILE", help="of RUN/nonfinite")
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="where data lie now, another device")
+    replay.set_defaults(command=_replay)
 
     export = commands.add_parser("export", help="write a run's backbone for timm, transformers or torch.hub")
     export.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run folder or a weights file")
@@ -114,7 +120,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from dino_value.config import load_config
     from dino_value.train import train
 
-    folder = train(load_config(arguments.config, arguments.overrides), quiet=arguments.quiet)
+    config = load_config(arguments.config, arguments.overrides)
+    folder = train(config, quiet=arguments.quiet, override=arguments.override)
     print(folder)
     return EXIT_DONE
 
@@ -158,6 +165,13 @@ def _probe(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     print_result(found)
     print(path)
+    return EXIT_DONE
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from dino_value.replay import print_replay, replay
+
+    print_replay(replay(arguments.file, arguments.overrides))
     return EXIT_DONE
 
 

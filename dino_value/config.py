@@ -150,6 +150,7 @@ class OptimConfig:
     freeze_backbone: int = 0  # steps: a fresh head warms up before it may move the backbone
     layer_decay: float = 1.0  # of lr, from one block to the block before it; 0.9 in DINOv2 (optim.layerwise_decay)
     patch_embed_lr_mult: float = 1.0  # of the patch embedding's lr, besides; 0.2 in DINOv2
+    skip_nonfinite: int = 0  # steps whose loss or gradient is not finite that are left out; one more ends the run
 
 
 @dataclass
@@ -251,8 +252,14 @@ class HealthConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Which checkpoints stay: the last ones, and if asked for some of long ago and the best."""
+
     every: int = 1000
     keep: int = 2
+    keep_every: int = 0  # steps: checkpoints of their multiples stay for good; 0: none
+    best: str | None = None  # a logged number, such as knn_top1: the checkpoint where it was best stays, as best.pt
+    best_mode: str = "max"  # or min
+    background: bool = False  # write from a copy in memory while training goes on
 
 
 @dataclass
@@ -303,6 +310,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.centering": ("mean", "sinkhorn"),
     "objective.gram.level": ("image", "batch"),
     "objective.gram.negatives": ("keep", "clip", "clip_teacher"),
+    "checkpoint.best_mode": ("max", "min"),
     "backbone.attention": ("auto", "sdpa", "math", "xformers", "varlen"),
     "backbone.drop_path_mode": ("timm", "subset"),
     "value.direction": ("dot", "cosine", "adam", "random"),
@@ -326,6 +334,7 @@ _AT_LEAST: dict[str, float] = {
     "feedback.updates": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
     "health.every": 0,
     "health.images": 2,
     "health.knn_images": 20,
@@ -361,6 +370,7 @@ _AT_LEAST: dict[str, float] = {
     "optim.weight_decay": 0,
     "optim.weight_decay_end": 0,
     "optim.freeze_backbone": 0,
+    "optim.skip_nonfinite": 0,
     "value.burn_in": 0,
     "value.warmup": 0,
     "value.guard_rate": 0,

@@ -49,7 +49,7 @@ def stop_requests() -> Iterator[Any]:
     requested: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        if requested and number == signal.SIGINT:
+        if number == signal.SIGINT and signal.SIGINT in requested:
             raise KeyboardInterrupt
         requested.append(number)
 

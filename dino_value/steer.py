@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_value.checkpoint import load_checkpoint
+from dino_value.checkpoint import load_checkpoint, snapshot
 from dino_value.config import Config, packaged
 from dino_value.data.sampling import Cursor, Source, Stream, generator, key
 from dino_value.designers import DESIGNERS, AttentionMasks, RandomMasks, sparsity, total_variation
@@ -110,6 +110,7 @@ class Steer:
         self.direction: Gradient | None = None  # the last u, which the closed forms follow between updates
         self.clip_scale = torch.ones((), device=device)  # what clipping left of the learner's last gradient
         self.notes: list[str] = []  # for the log
+        self._before: tuple[int, dict[str, Any]] = (-1, {})
 
     # What φ makes of the learner's task
 
@@ -190,6 +191,7 @@ class Steer:
             return
         since = step - v.burn_in
         if since >= 0 and since % v.period == 0:
+            self._before = step, snapshot(self.state_dict())
             for _ in range(1 + (v.warmup if since == 0 else 0)):
                 with self.autocast():
                     self.update(step, temperature)
@@ -409,6 +411,11 @@ class Steer:
         if len(gradients) > 1:
             metrics["task_cosine"] = task_alignment(gradients)[0, 1]
         return metrics
+
+    def state_before(self, step: int) -> dict[str, Any]:
+        """`state_dict` as it was when the present learner step, `step`, began: to compute that step again."""
+        number, state = self._before
+        return state if number == step else self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {

@@ -6,27 +6,45 @@ self-supervision on views whose masks were made under no_grad.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_value.backbones import WEIGHTS_NAME, create_backbone, save_backbone
-from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dino_value.backbones import WEIGHTS_NAME, backbone_weights, create_backbone, save_backbone, write_weights
+from dino_value.checkpoint import (
+    Best,
+    Writer,
+    latest_checkpoint,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+    snapshot,
+)
 from dino_value.config import Config, packaged
 from dino_value.data import SkippingViews, open_views
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.errors import Interrupted, UserError
 from dino_value.feedback import FeedbackTask, Labels
 from dino_value.files import write_json
-from dino_value.health import Checkup, CollapseWatch
-from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
+from dino_value.health import Checkup, CollapseWatch, Event
+from dino_value.optim import (
+    Evidence,
+    FiniteGuard,
+    NotFinite,
+    cosine_schedule,
+    linear_schedule,
+    parameter_groups,
+)
 from dino_value.process import choose_device, stop_requests, use_bfloat16
+from dino_value.replay import save_replay
 from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.steer import Steer, not_finite
 from dino_value.steps import Learner, build_objective, make_views, update_teacher
@@ -36,13 +54,22 @@ from dino_value.weights import fit_positions, load_head
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
 
 
-def train(config: Config, quiet: bool = False) -> Path:
+def train(config: Config, quiet: bool = False, override: bool = False) -> Path:
     """Train to `config.steps`, going on from the newest checkpoint in `config.out` if there is one; the run folder.
+
+    Args:
+        quiet: no progress; warnings are said all the same.
+        override: go on with a run although its settings were others.
 
     Raises:
         UserError: bad data, weights or settings; a loss that is not finite.
         Interrupted: a signal asked to stop; everything is saved.
     """
+    with stop_requests() as stopping:
+        return _train(config, quiet, override, stopping)
+
+
+def _train(config: Config, quiet: bool, override: bool, stopping: Callable[[], bool]) -> Path:
     folder = Path(config.out)
     newest = latest_checkpoint(folder / "checkpoints")
     run = Run(config)
@@ -51,18 +78,30 @@ def train(config: Config, quiet: bool = False) -> Path:
         run.start_from(load_checkpoint(packaged(config.start_from)))
     if newest is None and config.objective.head is not None:
         run.start_head(config.objective.head)
-    prepare_folder(config, folder)  # after all that may refuse: a mistake leaves no folder behind
+    # After all that may refuse: a mistake leaves no folder behind.
+    changed = prepare_folder(config, folder, override)
+    warnings = [f"other settings from here on: {'; '.join(changed)}"] if changed else []
     if newest is not None:
-        run.load_state_dict(load_checkpoint(newest))
+        state, damaged = newest_whole(folder / "checkpoints")
+        run.resume(state)
+        warnings += damaged
+        if not (folder / WEIGHTS_NAME).exists():
+            run.save_weights(folder)
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
     if run.step >= config.steps:
         return folder
-    record_environment(folder, environment(config.seed, run.device))
+    record_environment(folder, environment(config.seed, run.device) | ({"changed": changed} if changed else {}))
     if run.feedback:
         write_json(folder / "splits.json", {task.kind: task.splits() for task in run.feedback})
+    if stopping():
+        raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
 
     metrics = MetricsFile(folder, run.step)
+    for text in warnings:
+        metrics.write(run.step, {"event": "resumed", "message": text})
     clock = Clock()
-    with stop_requests() as stopping, Reporter(config.method, config.steps, run.step, quiet) as reporter:
+    with Reporter(config.method, config.steps, run.step, quiet) as reporter, run.evidence(folder):
         for large, small in clock.waiting(run.stream.iterate(run.step, config.steps)):
             run.learner_update(large, small)
             reporter.advance(run.step)
@@ -74,19 +113,29 @@ def train(config: Config, quiet: bool = False) -> Path:
                 values |= checkup.measure(run.teacher.backbone, getattr(run.loss, "center", None))
             if run.step % config.log_every == 0 or last:
                 run.guard.check(wait=True)
+            for event in run.take_events():
+                metrics.write(run.step, {"event": event.kind, "message": event.text})
+                reporter.warn(event.text)
+            if run.step % config.log_every == 0 or last:
                 values |= run.meters.read() | run.schedules(run.step - 1) | clock.read(config.optim.batch_size)
                 if isinstance(run.stream.source, SkippingViews):
                     values["unreadable"] = run.stream.source.unreadable
             if values:
+                run.best.see(values)
                 metrics.write(run.step, values)
                 reporter.say(run.step, values)
                 for event in run.collapse.judge(run.step, values):
                     metrics.write(run.step, {"event": event.kind, "message": event.text})
                     reporter.warn(event.text)
-            if run.step % config.checkpoint.every == 0 or last or stopping():
+            if run.step % config.checkpoint.every == 0 or last:
+                run.best.judge(run.step)
+                run.save(folder)
+            elif stopping():
                 run.save(folder)
             if stopping() and not last:
+                run.writer.wait()
                 raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
+        run.writer.wait()
     metrics.close()
     return folder
 
@@ -122,7 +171,11 @@ class Run:
         in_memory, skip = config.data.in_memory, config.data.skip_unreadable
         sources = open_views(config.data.unlabeled, config.views, in_memory, skip)
         self.meters = Meters()
-        self.guard = FiniteGuard()
+        self.guard = FiniteGuard(config.optim.skip_nonfinite)
+        self.best = Best(config.checkpoint.best, config.checkpoint.best_mode)
+        self.writer = Writer(config.checkpoint.background)
+        self.batch: tuple[Tensor, ...] = ()  # of the present step
+        self._events: list[Event] = []
         self.collapse = CollapseWatch(config)
         self.steer: Steer | None = None
         self.labels: Labels | None = None
@@ -150,7 +203,7 @@ class Run:
         """One step of Algorithm 1 on an unlabeled batch, uint8 [2 B 3 H W] and [N B 3 h w]."""
         if self.labels is not None:
             return self.supervised_update(self.labels)
-        config, steer = self.config, self.steer
+        config, steer, self.batch = self.config, self.steer, (large, small)
         backbone, temperature = self.student.backbone, self.teacher_temperature()
         views = make_views(backbone, (large, small), config.views, self.device, config.seed, "learner", self.step)
         self.loss.begin(self.step, self.teacher)
@@ -180,15 +233,17 @@ class Run:
             backbone.zero_grad()
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.optim.clip)
         self.set_schedules()
-        self.watch(loss=loss, gradient_norm=gradient_norm)
-        self.guard.step(self.optimizer)
+        named = {f"loss_{name}": part for name, part in parts.items()}
+        self.watch(loss=loss, gradient_norm=gradient_norm, **(named if len(named) > 1 else {}))
+        skipped = self.guard.step(self.optimizer)
         if steer is not None:
-            steer.clip_scale = (config.optim.clip / gradient_norm.detach().clamp_min(1e-20)).clamp_max(1)
+            scale = (config.optim.clip / gradient_norm.detach().clamp_min(1e-20)).clamp_max(1)
+            steer.clip_scale = torch.where(gradient_norm.isfinite(), scale, steer.clip_scale)
         self.loss.update(logits)
         momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
         update_teacher(self.student, self.teacher, momentum)
-        named = {f"loss_{name}": part for name, part in parts.items()}
-        self.meters.add(loss=loss, **named, gradient_norm=gradient_norm, **self.loss.watch(targets))
+        if not skipped:
+            self.meters.add(loss=loss, **named, gradient_norm=gradient_norm, **self.loss.watch(targets))
         self.step += 1
 
     def supervised_update(self, labels: Labels) -> None:
@@ -232,7 +287,35 @@ class Run:
     def watch(self, **terms: Tensor) -> None:
         """Have the guard refuse the learner's step if a term is not finite."""
         step, stream = self.step, self.stream
-        self.guard.watch(self.optimizer, lambda bad: not_finite(step, bad, stream, step), **terms)
+
+        def message(bad: str) -> str:
+            return not_finite(step, bad, stream, step)
+
+        self.guard.watch_skippable(self.optimizer, message, Evidence(step, self.batch), **terms)
+
+    @contextlib.contextmanager
+    def evidence(self, folder: Path) -> Iterator[None]:
+        """What is computed inside and is not finite leaves a file for `dino-value replay` in the run folder.
+
+        Raises:
+            UserError: as `FiniteGuard.check`, with the file's name.
+        """
+
+        def skip(refused: NotFinite) -> None:
+            kept = save_replay(folder, self, refused) if self.guard.skipped == 1 else "see the first such step"
+            count = f"{self.guard.skipped} of optim.skip_nonfinite={self.guard.allowed}"
+            self._events.append(Event("skipped", f"{refused}; the step was left out ({count}); {kept}"))
+
+        self.guard.on_skip = skip
+        try:
+            yield
+        except NotFinite as refused:
+            raise UserError(f"{refused}; {save_replay(folder, self, refused)}") from None
+
+    def take_events(self) -> list[Event]:
+        """What is to be said since the last call."""
+        events, self._events = self._events, []
+        return events
 
     def teacher_temperature(self) -> float:
         c = self.config.objective
@@ -291,16 +374,28 @@ class Run:
     def save(self, folder: Path) -> None:
         """A checkpoint, and the teacher's backbone as timm-keyed weights."""
         self.guard.check(wait=True)
-        keep = self.config.checkpoint.keep
+        c, step, best = self.config.checkpoint, self.step, self.best.step
+        tensors, header = backbone_weights(self.teacher.backbone, {"step": str(step)})
+        state = self.state_dict()
+        if c.background:
+            tensors, state = snapshot((tensors, state), "cpu")
+
+        def write() -> None:
+            try:
+                # The checkpoint last: whatever a kill leaves undone before it is done again on resume.
+                write_weights(folder / WEIGHTS_NAME, tensors, header)
+                save_checkpoint(folder / "checkpoints", step, state, c.keep, c.keep_every, best)
+            except OSError as error:
+                raise _not_saved(folder, step, error) from None
+
+        self.writer.submit(write)
+
+    def save_weights(self, folder: Path) -> None:
+        """The teacher's backbone as timm-keyed weights."""
         try:
-            # The checkpoint last: whatever a kill leaves undone before it is done again on resume.
             save_backbone(folder / WEIGHTS_NAME, self.teacher.backbone, {"step": str(self.step)})
-            save_checkpoint(folder / "checkpoints", self.step, self.state_dict(), keep)
         except OSError as error:
-            raise UserError(
-                f"{folder}: step {self.step} could not be saved ({error.strerror or error}); "
-                "free space or choose another out=; earlier checkpoints are whole"
-            ) from None
+            raise _not_saved(folder, self.step, error) from None
 
     def state_dict(self) -> dict[str, Any]:
         state = {
@@ -312,6 +407,8 @@ class Run:
             "meters": self.meters.state_dict(),
             "positions": list(self.student.backbone.positions),
             "collapse": self.collapse.state_dict(),
+            "best": self.best.state_dict(),
+            "skipped": self.guard.skipped,
         }
         if self.steer is not None:
             state["steer"] = self.steer.state_dict()
@@ -329,7 +426,31 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.meters.load_state_dict(state["meters"], self.device)
         self.collapse.load_state_dict(state["collapse"])
+        if "best" in state:  # not in checkpoints of before these were kept
+            self.best.load_state_dict(state["best"])
+            self.guard.skipped = state["skipped"]
         if self.steer is not None:
             self.steer.load_state_dict(state["steer"])
         if self.labels is not None:
             self.labels.load_state_dict(state["labels"])
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """`load_state_dict` of a file.
+
+        Raises:
+            UserError: it is of another architecture or method.
+        """
+        try:
+            self.load_state_dict(state)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            first = " ".join((str(error) or type(error).__name__).split())[:300]
+            raise UserError(
+                f"{self.config.out}: its checkpoint does not fit these settings ({first}); choose another out="
+            ) from None
+
+
+def _not_saved(folder: Path, step: int, error: OSError) -> UserError:
+    return UserError(
+        f"{folder}: step {step} could not be saved ({error.strerror or error}); "
+        "free space or choose another out=; earlier checkpoints are whole"
+    )

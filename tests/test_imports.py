@@ -15,7 +15,7 @@ LEAVES = ("objectives", "designers", "heads", "data", "backbones")
 # Of ours a room may import itself, errors, and only these. (value/ is stricter: see below.)
 ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, ()),
-    "backbones": ("weights", "blocks", "attention"),
+    "backbones": ("weights", "blocks", "attention", "files"),
     "blocks": (),
     "attention": ("blocks",),
     "weights": (),

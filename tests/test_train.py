@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -559,3 +562,129 @@ def test_feedback_keeps_apart_from_the_evaluation_and_says_which_images_it_used(
     assert after["in_evaluation"] == [str(copied)]
     assert str(copied) not in after["train"] + after["meta"]
     assert [len(after[part]) for part in ("train", "meta")] == [8, 4]
+
+
+# Going on: damaged checkpoints, other settings, what is kept
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("steps=6")
+    folder = train(config, quiet=True)
+    expected, lines = load_checkpoint(folder), rows(folder)
+    for step, harm in ((6, "flipped"), (4, "torn")):
+        path = folder / "checkpoints" / f"step_{step:08d}.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content if harm == "flipped" else content[: len(content) // 2])
+    (folder / "backbone.safetensors").unlink()
+    train(config, quiet=True)
+    said = capsys.readouterr().err.splitlines()
+    assert ["set aside, going on from step_00000002.pt" in line for line in said] == [True, True]
+    assert same(load_checkpoint(folder), expected)
+    found = [row for row in rows(folder) if "event" not in row]
+    assert found == lines
+    assert (folder / "backbone.safetensors").is_file()
+
+
+def test_weights_are_written_again_for_a_finished_run(tiny: Callable[..., Config]) -> None:
+    folder = train(tiny("method=baseline"), quiet=True)
+    content = (folder / "backbone.safetensors").read_bytes()
+    (folder / "backbone.safetensors").unlink()
+    train(tiny("method=baseline"), quiet=True)
+    assert (folder / "backbone.safetensors").read_bytes() == content
+
+
+def test_other_settings_are_taken_when_told(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    train(tiny("method=baseline", "steps=2"), quiet=True)
+    later = tiny("method=baseline", "steps=4", "optim.lr=0.002")
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 there, 0\.002 now; steps: 2 there, 4 now.*--override"):
+        train(later, quiet=True)
+    folder = train(later, quiet=True, override=True)
+    assert load_checkpoint(folder)["step"] == 4
+    assert load_config(folder / "config.yaml") == later
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["resumed"][0]["changed"] == [
+        "optim.lr: 0.001 there, 0.002 now",
+        "steps: 2 there, 4 now",
+    ]
+    with pytest.raises(UserError, match=r"does not fit these settings \(.*size mismatch.*choose another out="):
+        train(tiny("method=baseline", "objective.out_dim=20"), quiet=True, override=True)
+
+
+def test_checkpoints_of_earlier_versions_go_on(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny("method=baseline")
+    folder = train(config, quiet=True)
+    state = load_checkpoint(folder)
+    (folder / "checkpoints" / "step_00000004.pt").unlink()
+    older = folder / "checkpoints" / "step_00000002.pt"
+    content = load_checkpoint(older)
+    del content["best"], content["skipped"]
+    torch.save(content, older)
+    train(config, quiet=True)
+    assert same(load_checkpoint(folder), state)
+
+
+def test_what_is_kept_of_a_run(tiny: Callable[..., Config]) -> None:
+    common = ["method=baseline", "steps=8", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=4"]
+    folder = train(tiny(*common, "checkpoint.best=loss", "checkpoint.best_mode=max"), quiet=True)
+    losses = {row["step"]: row["loss"] for row in read_metrics(folder)}
+    best = max(losses, key=lambda step: losses[step])
+    kept = sorted({4, 8, best})
+    found = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert found == ["best.pt", *(f"step_{step:08d}.pt" for step in kept)]
+    assert load_checkpoint(folder / "checkpoints" / "best.pt")["step"] == best
+
+
+def test_writing_in_the_background_changes_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    plain, beside = (
+        train(tiny(f"out={tmp_path / name}", "steps=6", f"checkpoint.background={name}"), quiet=True)
+        for name in ("false", "true")
+    )
+    for step in (2, 4, 6):
+        name = f"step_{step:08d}.pt"
+        assert same(load_checkpoint(plain / "checkpoints" / name), load_checkpoint(beside / "checkpoints" / name))
+    assert same(load_file(plain / "backbone.safetensors"), load_file(beside / "backbone.safetensors"))
+
+
+def test_a_stop_during_set_up(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = train_module.record_environment
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        record(*arguments)
+
+    monkeypatch.setattr(train_module, "record_environment", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 0 of 4; the same command goes on from there"):
+        train(tiny("method=baseline"), quiet=True)
+    monkeypatch.undo()
+    assert load_checkpoint(train(tiny("method=baseline"), quiet=True))["step"] == 4
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_may_change_and_the_group_may_be_signalled(
+    tiny_yaml: Path, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Augmentation drawn in loader processes; SIGTERM reaches these too, as on a cluster, and all is saved."""
+    common = ["steps=60", "checkpoint.every=10000", "views.augment=torchvision", "value.engine=finite_difference"]
+    alone = train(tiny(f"out={tmp_path / 'alone'}", *common), quiet=True)
+    out = tmp_path / "group"
+    command = [sys.executable, "-m", "dino_value.cli", "train", str(tiny_yaml), f"out={out}", *common, "data.workers=2"]
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        waited = time.monotonic()
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert running.poll() is None
+            assert time.monotonic() - waited < 240
+            time.sleep(0.02)
+        os.killpg(running.pid, signal.SIGTERM)
+        _, errors = running.communicate(timeout=240)
+    finally:
+        running.kill()
+    assert running.returncode == 75, errors
+    assert 0 < load_checkpoint(out)["step"] < 60
+    train(tiny(f"out={out}", *common, "data.workers=1"), quiet=True)
+    assert same(load_checkpoint(alone), load_checkpoint(out))

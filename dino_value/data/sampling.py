@@ -88,8 +88,9 @@ class Stream:
             multiprocessing_context=processes,
             generator=torch.Generator(),  # for the loader's base seed, which would be drawn from the global generator
         )
-        # A signal to the whole group is the training process's to answer: workers inherit the mask.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR2))
+        # A signal to the whole group is the training process's to answer: workers, and the server they are forked from,
+        # inherit the mask. They end with the training process, whatever ends it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
         try:
             batches = iter(loader)
         finally:

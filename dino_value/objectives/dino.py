@@ -83,6 +83,10 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
-        """EMA of the teacher's mean logits [2 B K] (eq. 4); after the loss that used the old one."""
+        """EMA of the teacher's mean logits [2 B K] (eq. 4); after the loss that used the old one.
+
+        Where the mean is not finite the centre stays: a step that is skipped must not spoil those after it.
+        """
         logits = teacher_logits.to(self.center.dtype).flatten(0, -2)
-        self.center.lerp_(logits.mean(0, keepdim=True), 1 - self.center_momentum)
+        mean = logits.mean(0, keepdim=True)
+        self.center.lerp_(torch.where(mean.isfinite(), mean, self.center), 1 - self.center_momentum)

@@ -167,4 +167,5 @@ class IBOTLoss(nn.Module):
         logits = teacher_logits.to(self.center.dtype)
         count = total(self.center.new_tensor(float(len(logits))), group)
         mean = total(logits.sum(0, keepdim=True), group) / count.clamp_min(1)
+        mean = torch.where(mean.isfinite(), mean, self.center)  # a step that is skipped must not spoil those after it
         self.center.lerp_(mean, (1 - self.center_momentum) * (count > 0).to(self.center.dtype))

@@ -246,9 +246,10 @@ def test_command_stops_and_goes_on(
     def at_once() -> Iterator[Any]:
         yield lambda: True
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="holds 1 of 6 head steps; add --resume"):
+    with monkeypatch.context() as patch:
         patch.setattr(mmseg_backend, "stop_requests", at_once)
-        seg.main(arguments)
+        with pytest.raises(Interrupted, match="holds 1 of 6 head steps; add --resume"):
+            seg.main(arguments)
     with pytest.raises(UserError, match="was stopped under other settings"):
         seg.main([*arguments, "--resume", "--lr", "1e-4"])
     capsys.readouterr()
