@@ -590,10 +590,10 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_weights_are_written_again_for_a_finished_run(tiny: Callable[..., Config]) -> None:
     folder = train(tiny("method=baseline"), quiet=True)
-    content = (folder / "backbone.safetensors").read_bytes()
+    content = load_file(folder / "backbone.safetensors")
     (folder / "backbone.safetensors").unlink()
     train(tiny("method=baseline"), quiet=True)
-    assert (folder / "backbone.safetensors").read_bytes() == content
+    assert same(load_file(folder / "backbone.safetensors"), content)
 
 
 def test_other_settings_are_taken_when_told(tiny: Callable[..., Config], tmp_path: Path) -> None:
