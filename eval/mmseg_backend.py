@@ -245,8 +245,8 @@ def build_runner(backbone: Backbone, data: Pair, options: SegOptions, folder: Pa
 
     config = configure(backbone, data, options, folder)
     # What may differ from one part of a training to the next.
-    key = configure(backbone, data, replace(options, workers=0, save_images=0), folder).pretty_text
-    settings, checkpoint = folder / "settings.py", folder / "last_checkpoint"
+    key = repr(configure(backbone, data, replace(options, workers=0, save_images=0), folder).to_dict())
+    settings, checkpoint = folder / "settings.txt", folder / "last_checkpoint"
     resume = options.resume and checkpoint.is_file()
     if resume and not (settings.is_file() and settings.read_text(encoding="utf-8") == key):
         raise UserError(
@@ -296,23 +296,13 @@ def train(runner: Any, options: SegOptions) -> None:
     bar = Progress(transient=True, disable=not options.progress)
     # Without a folder nothing can be kept, and signals do what they always do.
     signals: AbstractContextManager[Any] = stop_requests() if options.state else nullcontext(lambda: False)
-    # A checkpoint of mmengine holds its log buffers. torch.load stays weights-only: these types alone are let in, and
-    # only here, where the Runner reads what it wrote.
-    with bar, signals as stopping, torch.serialization.safe_globals(checkpoint_types()):
+    with bar, signals as stopping:
         task = bar.add_task("head", total=options.steps)
         runner.register_hook(Watch(lambda step: bar.update(task, completed=step), stopping), priority="LOWEST")
         runner.train()
     head = [*runner.model.decode_head.parameters(), *runner.model.decode_head.buffers()]
     if not all(bool(value.isfinite().all()) for value in head):
         raise UserError(f"the head's weights became infinite or NaN: lower the learning rate ({options.lr:g})")
-
-
-def checkpoint_types() -> list[Any]:
-    """Types in a checkpoint of mmengine besides tensors: its log, as numpy arrays of floats and integers."""
-    from mmengine.logging import HistoryBuffer
-
-    reconstruct = np.array([]).__reduce__()[0]  # its module is another in numpy 1 than in 2
-    return [HistoryBuffer, reconstruct, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "dlfi")]
 
 
 def score(runner: Any, source: LabelledSource, options: SegOptions) -> common.Result:

@@ -244,6 +244,8 @@ class ExactIoU(IoUMetric):
 class Watch(Hook):
     """Tells the progress, and ends a training by a checkpoint when asked to; after all other hooks.
 
+    Checkpoints are kept free of mmengine's log, whose classes torch.load does not read (weights only).
+
     Args:
         progress: gets the number of steps done.
         stopping: whether to stop.
@@ -251,6 +253,9 @@ class Watch(Hook):
 
     def __init__(self, progress: Callable[[int], None], stopping: Callable[[], bool]) -> None:
         self.progress, self.stopping = progress, stopping
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         step = runner.iter + 1

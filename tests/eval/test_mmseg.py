@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data import scenes
-from dino_value.data.labelled import LabelledSource, open_labelled
+from dino_value.data.labelled import LabelledSource, Subset, open_labelled
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import common, mmseg_backend, seg
 from dino_value.heads import IGNORE, LinearBNSegHead
@@ -37,6 +39,7 @@ def parts() -> ModuleType:
     pytest.importorskip("mmengine", reason="needs the extra [mmseg]")
     from dino_value.eval import mmseg_parts
 
+    gc.freeze()  # mmengine collects garbage for every data set that it opens: seconds, with all of torch in memory
     return mmseg_parts
 
 
@@ -105,8 +108,9 @@ def test_iou_agrees_with_theirs(parts: ModuleType, generator: torch.Generator) -
     assert [rounded[key] for key in ("mIoU", "mAcc", "aAcc")] == pytest.approx(
         [100 * ours[key] for key in ("miou", "macc", "aacc")], abs=0.0051
     )
-    assert {name: value.tolist() for name, value in seg.statistic(exact.rows.sum(0, keepdim=True)).items()} == (
-        pytest.approx({name: [ours[name]] for name in ("miou", "macc", "aacc")})
+    summed = seg.statistic(exact.rows.sum(0, keepdim=True))
+    assert {name: float(value) for name, value in summed.items()} == pytest.approx(
+        {name: ours[name] for name in ("miou", "macc", "aacc")}
     )
 
 
@@ -129,12 +133,10 @@ def both(backbone: Backbone, data: Pair, options: seg.SegOptions, folder: Path) 
 @pytest.mark.parametrize(
     ("native", "inference", "tolerance"),
     [
-        ((32, 32), "slide", 1e-4),
         ((32, 32), "whole", 1e-4),
         ((32, 75), "slide", 1e-4),  # windows, the last flush with the end
-        ((48, 96), "slide", 0.02),  # scaled, by two libraries
-        ((20, 24), "slide", 0.02),
-        ((48, 80), "whole", 0.02),
+        ((40, 52), "slide", 0.02),  # scaled, by two libraries
+        ((20, 24), "whole", 0.02),
     ],
 )
 def test_same_head_same_scores(
@@ -182,22 +184,31 @@ def test_training_learns_as_ours_does(backbone: Backbone, squares: Path) -> None
 
 @pytest.mark.usefixtures("parts")
 def test_upernet(backbone: Backbone, squares: Path) -> None:
+    data = opened(squares)
+    few = Subset(data[0], range(4)), Subset(data[1], range(2))
     with untouched(backbone):
-        found = seg.evaluate(backbone, *opened(squares), replace(MMSEG, head="upernet", steps=3, lr=1e-3))
+        found = seg.evaluate(backbone, *few, replace(MMSEG, head="upernet", steps=1, batch=2))
     assert 0 <= found["miou"] <= 1
     with pytest.raises(UserError, match="reads four blocks of its own choice"):
-        seg.evaluate(backbone, *opened(squares), replace(MMSEG, head="upernet", blocks=2))
+        seg.evaluate(backbone, *few, replace(MMSEG, head="upernet", blocks=2))
 
 
 @pytest.mark.usefixtures("parts")
 def test_learning_rates_are_ours(backbone: Backbone, squares: Path, tmp_path: Path) -> None:
     """The linear warm-up and the cosine of `common.fit_head`, step by step."""
-    steps, warmup = 60, 3
+    from mmengine.hooks import Hook
+
+    steps, warmup = 40, 2
     options = replace(MMSEG, steps=steps, batch=2)
     seen: list[float] = []
+
+    class Rates(Hook):
+        def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
+            seen.append(runner.optim_wrapper.param_groups[0]["lr"])
+
     with mmseg_backend.isolated(options):
         runner = mmseg_backend.build_runner(backbone, opened(squares), options, tmp_path)
-        runner.register_hook(Rates(seen), priority="HIGHEST")
+        runner.register_hook(Rates(), priority="HIGHEST")
         mmseg_backend.train(runner, options)
     wanted = [
         options.lr
@@ -206,23 +217,6 @@ def test_learning_rates_are_ours(backbone: Backbone, squares: Path, tmp_path: Pa
         for step in range(steps)
     ]
     assert seen == pytest.approx(wanted, rel=1e-4, abs=1e-9)
-
-
-class Rates:
-    """A hook of mmengine, which asks for no base class: the learning rate of each step."""
-
-    priority = "HIGHEST"
-
-    def __init__(self, seen: list[float]) -> None:
-        self.seen = seen
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith(("before_", "after_")):
-            return lambda *args, **kwargs: None
-        raise AttributeError(name)
-
-    def before_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-        self.seen.append(runner.optim_wrapper.param_groups[0]["lr"])
 
 
 # --- the command
@@ -331,7 +325,7 @@ def test_a_compiled_operator_says_what_is_missing(parts: ModuleType) -> None:
 
 
 def test_without_the_extra(backbone: Backbone, squares: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "dino_value.eval.mmseg_parts", None)
+    monkeypatch.setitem(sys.modules, "dino_value.eval.mmseg_parts", None)
     with pytest.raises(UserError, match=r"--backend mmseg needs the extra: pip install 'dino-value\[mmseg\]'"):
         seg.evaluate(backbone, *opened(squares), MMSEG)
 
