@@ -39,6 +39,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     return path
 
 
+FOREIGN = "for weights of others give backbone.weights, and objective.head for their head"
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run, if it has one."""
     found = sorted(folder.glob(_PATTERN))
@@ -63,7 +66,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torn zip, foreign pickle: whatever it is, it is not ours
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
+        reason = "it holds more than weights" if "eights only" in reason else reason
+        raise UserError(f"{path}: not a readable checkpoint of this program: {reason}; {FOREIGN}") from None
     if not isinstance(state, dict) or "teacher" not in state:
-        raise UserError(f"{path}: not a checkpoint of this program (it has no teacher)")
+        raise UserError(f"{path}: not a checkpoint of this program (it has no teacher); {FOREIGN}")
     return state

@@ -10,14 +10,15 @@ import copy
 import dataclasses
 import functools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_value.backbones import WEIGHTS_NAME, create_backbone, save_backbone
-from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dino_value.checkpoint import FOREIGN, latest_checkpoint, load_checkpoint, save_checkpoint
 from dino_value.config import Config, packaged
 from dino_value.data import SkippingViews, open_views
 from dino_value.data.sampling import Stream, generator, key
@@ -104,10 +105,11 @@ class Run:
             config.backbone.weights,
             config.backbone.min_match,
             config.backbone.keep_grid,
+            "views.global_size",
         )
         backbone.configure(config.backbone, self.device, use_bfloat16(config, self.device))
-        for name, size in (("global", config.views.global_size), ("local", config.views.local_size)):
-            backbone.check_size(size, f"views.{name}_size")
+        if config.views.local_count:
+            backbone.check_size(config.views.local_size, "views.local_size")
         self.loss = build_objective(config, backbone, self.device)
         self.student = Learner(backbone, **self.loss.heads(backbone.embed_dim)).to(self.device)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
@@ -213,8 +215,10 @@ class Run:
         run lacks it.
 
         Raises:
-            UserError: it is of another architecture.
+            UserError: it is of another architecture or program.
         """
+        if not isinstance(state.get("objective"), dict):
+            raise UserError(f"start_from={self.config.start_from}: not a checkpoint of this program; {FOREIGN}")
         noted = fit_positions((self.student, self.teacher, self.loss), state, self.config.backbone.keep_grid)
         if noted:
             print(f"{self.config.start_from}: {noted}", file=sys.stderr)
@@ -227,10 +231,8 @@ class Run:
                 if odd:
                     raise RuntimeError(f"{len(odd)} tensors are in one of them only, {odd[0]} the first")
             except RuntimeError as error:
-                first = " ".join(str(error).split())[:300]
-                raise UserError(
-                    f"start_from={self.config.start_from}: of another architecture than backbone and objective: {first}"
-                ) from None
+                source = f"start_from={self.config.start_from}"
+                raise UserError(f"{source}: {unlike(module, state[part], str(error))}") from None
 
     def start_head(self, path: str) -> None:
         """Begin with the projection heads, and the centre, of a DINO or DINOv2 training checkpoint.
@@ -282,3 +284,20 @@ class Run:
         self.collapse.load_state_dict(state["collapse"])
         if self.steer is not None:
             self.steer.load_state_dict(state["steer"])
+
+
+def unlike(module: nn.Module, given: Mapping[str, Tensor], error: str) -> str:
+    """Why the tensors `given`, of a checkpoint, do not fit `module`, and what to do; `error` is what torch said."""
+    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
+    wrong = [name for name in given if name in shapes and list(given[name].shape) != shapes[name]]
+    alone = [name for name in given.keys() ^ shapes.keys() if name.split(".")[0] not in OPTIONAL]
+    if any(name.startswith("backbone.") for name in [*wrong, *alone]):
+        what, fix = "a backbone of another architecture", "set backbone.name and backbone.kwargs as that run had them"
+    else:
+        what = "heads of another size or objective"
+        fix = "set objective.* as that run had it, or give backbone.weights in place of start_from for a fresh head"
+    name = next((name for name in shapes if name in wrong), None)
+    detail = (
+        f"{name} is {list(given[name].shape)} there, {shapes[name]} here" if name else " ".join(error.split())[:200]
+    )
+    return f"{what}: {detail}; {fix}"
