@@ -169,7 +169,7 @@ def test_the_rule_stays_with_our_own_checkpoint(
     """A checkpoint of a run, given as weights, is not taken for one of main_dino.py."""
     weights = PUBLISHED if published else ["method=baseline", "steps=1"]
     first = train(tiny(*weights, f"out={tmp_path / 'first'}"), quiet=True)
-    name, kwargs = (V2, {**RECORDED, "img_size": 28}) if published else (VIT, {**TINY, "img_size": 16})
+    name, kwargs = (V2, {**RECORDED, "img_size": 28}) if published else (VIT, {**TINY, "depth": 3, "img_size": 16})
     capsys.readouterr()
     path = max((first / "checkpoints").iterdir())
     again = load_backbone(path, name, kwargs=kwargs)
