@@ -27,7 +27,7 @@ from dino_value.attention import choose, kernel, wants_math
 from dino_value.blocks import apply_block, class_attention, compiled_block, unknown
 from dino_value.errors import UserError
 from dino_value.files import replacing
-from dino_value.weights import TIMM, misfits, read_header, read_tensors, recognise, table_side, to_timm
+from dino_value.weights import TIMM, misfits, read_header, read_weights, recognise, table_side, to_timm
 
 WEIGHTS_NAME = "backbone.safetensors"
 
@@ -312,6 +312,7 @@ def create_backbone(
     weights: str | os.PathLike[str] | None = None,
     min_match: float = 0.9,
     keep_grid: bool = False,
+    size_key: str = "img_size",
 ) -> Backbone:
     """A timm ViT by name, for inputs of any size that the patch divides.
 
@@ -321,6 +322,7 @@ def create_backbone(
         weights: a local file to start from, in any layout of weights.py; nothing is ever downloaded.
         min_match: the share of the model's tensors that the file must fill, and of the file's that must find a place.
         keep_grid: take the file's own table of positions, whatever `img_size`; see `load_weights`.
+        size_key: what the user calls `img_size`, for messages.
 
     Raises:
         UserError: unknown name (with the nearest known ones), not a ViT, arguments timm refuses, or bad weights.
@@ -329,6 +331,9 @@ def create_backbone(
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vit_small*dino*")
         raise UserError(f"backbone.name={name}: timm has no such model; near names: {', '.join(near)}")
+    for rate in [key for key in kwargs if key.endswith("_rate")]:
+        if not (isinstance(kwargs[rate], (int, float)) and 0 <= kwargs[rate] < 1):
+            raise UserError(f"backbone.kwargs.{rate}={kwargs[rate]}: a share that is dropped must lie in [0, 1)")
     try:
         model: Any = timm.create_model(
             name, pretrained=False, num_classes=0, img_size=img_size, dynamic_img_size=True, **kwargs
@@ -339,10 +344,8 @@ def create_backbone(
         ) from None
     if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "_pos_embed", "norm")):
         raise UserError(f"backbone.name={name} is not a vision transformer; choose a timm vit_* model")
-    patch = int(model.patch_embed.patch_size[0])
-    if img_size % patch:
-        raise UserError(f"image size {img_size} is not a multiple of the patch size {patch} of {name}")
     backbone = Backbone(name, model, {**kwargs, "img_size": img_size})
+    backbone.check_size(img_size, size_key)
     if weights is not None:
         print(f"{weights}: {load_weights(backbone, weights, min_match, keep_grid)}", file=sys.stderr)
     return backbone
@@ -395,7 +398,7 @@ def load_weights(
             `min_match` is 0, it has another number of registers, or biases that the model lacks.
     """
     model = backbone.model
-    weights = recognise(read_tensors(path), read_header(path))
+    weights = recognise(*read_weights(path))
     wrong = misfits(weights, model, backbone.name)
     if keep_grid and not wrong and model.pos_embed is not None:
         side = table_side(weights, model)

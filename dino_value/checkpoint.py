@@ -59,6 +59,9 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
+FOREIGN = "for weights of others give backbone.weights, and objective.head for their head"
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run, if it has one."""
     found = _found(folder)
@@ -101,7 +104,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint")
     state = read_state(path)
     if "teacher" not in state:
-        raise UserError(f"{path}: not a checkpoint of this program (it has no teacher)")
+        raise UserError(f"{path}: not a checkpoint of this program (it has no teacher); {FOREIGN}")
     return state
 
 
@@ -126,9 +129,10 @@ def read_state(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torn zip, foreign pickle: whatever it is, it is not ours
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
+        reason = "it holds more than weights" if "eights only" in reason else reason
+        raise UserError(f"{path}: not a readable checkpoint: {reason}; {FOREIGN}") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path}: not a checkpoint of this program (no tree of state)")
+        raise UserError(f"{path}: not a checkpoint of this program (no tree of state); {FOREIGN}")
     return state
 
 

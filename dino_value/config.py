@@ -523,6 +523,12 @@ def check(config: Config) -> Config:
             f"objective.teacher_temp={config.objective.teacher_temp} is not below student_temp="
             f"{config.objective.student_temp}: the teacher would not sharpen; DINO uses 0.04 and 0.1"
         )
+    warms_up = config.objective.teacher_temp_warmup > 1
+    if warms_up and config.objective.teacher_temp_start >= config.objective.student_temp:
+        raise UserError(
+            f"objective.teacher_temp_start={config.objective.teacher_temp_start} is not below student_temp="
+            f"{config.objective.student_temp}: the teacher would not sharpen at first; begin lower, DINO at 0.04"
+        )
     if config.health.knn is not None and not config.health.every:
         raise UserError(
             f"health.knn={config.health.knn} is measured every health.every steps, which is 0: set it, for example "

@@ -537,7 +537,11 @@ def check_sizes(config: Config, patch_size: int) -> None:
     """
     d = config.designer
     if config.feedback.size % patch_size:
-        raise UserError(f"feedback.size={config.feedback.size}: not a multiple of the patch size {patch_size}")
+        near = max(config.feedback.size // patch_size, 1) * patch_size
+        raise UserError(
+            f"feedback.size={config.feedback.size}: not a multiple of the patch size {patch_size}; choose {near} or "
+            f"{near + patch_size}"
+        )
     sizes = [config.views.global_size] + [config.views.local_size] * (d.crops == "all")
     if d.mask and any(size % d.stride for size in sizes):
         raise UserError(f"designer.stride={d.stride}: must divide the views' sizes {sizes}")

@@ -11,15 +11,16 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_value.backbones import WEIGHTS_NAME, backbone_weights, create_backbone, save_backbone, write_weights
 from dino_value.checkpoint import (
+    FOREIGN,
     Best,
     Writer,
     latest_checkpoint,
@@ -157,10 +158,11 @@ class Run:
             config.backbone.weights,
             config.backbone.min_match,
             config.backbone.keep_grid,
+            "views.global_size",
         )
         backbone.configure(config.backbone, self.device, use_bfloat16(config, self.device))
-        for name, size in (("global", config.views.global_size), ("local", config.views.local_size)):
-            backbone.check_size(size, f"views.{name}_size")
+        if config.views.local_count:
+            backbone.check_size(config.views.local_size, "views.local_size")
         self.loss = build_objective(config, backbone, self.device)
         self.student = Learner(backbone, **self.loss.heads(backbone.embed_dim)).to(self.device)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
@@ -343,8 +345,10 @@ class Run:
         run lacks it.
 
         Raises:
-            UserError: it is of another architecture.
+            UserError: it is of another architecture or program.
         """
+        if not isinstance(state.get("objective"), dict):
+            raise UserError(f"start_from={self.config.start_from}: not a checkpoint of this program; {FOREIGN}")
         noted = fit_positions((self.student, self.teacher, self.loss), state, self.config.backbone.keep_grid)
         if noted:
             print(f"{self.config.start_from}: {noted}", file=sys.stderr)
@@ -357,10 +361,8 @@ class Run:
                 if odd:
                     raise RuntimeError(f"{len(odd)} tensors are in one of them only, {odd[0]} the first")
             except RuntimeError as error:
-                first = " ".join(str(error).split())[:300]
-                raise UserError(
-                    f"start_from={self.config.start_from}: of another architecture than backbone and objective: {first}"
-                ) from None
+                source = f"start_from={self.config.start_from}"
+                raise UserError(f"{source}: {unlike(module, state[part], str(error))}") from None
 
     def start_head(self, path: str) -> None:
         """Begin with the projection heads, and the centre, of a DINO or DINOv2 training checkpoint.
@@ -454,3 +456,20 @@ def _not_saved(folder: Path, step: int, error: OSError) -> UserError:
         f"{folder}: step {step} could not be saved ({error.strerror or error}); "
         "free space or choose another out=; earlier checkpoints are whole"
     )
+
+
+def unlike(module: nn.Module, given: Mapping[str, Tensor], error: str) -> str:
+    """Why the tensors `given`, of a checkpoint, do not fit `module`, and what to do; `error` is what torch said."""
+    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
+    wrong = [name for name in given if name in shapes and list(given[name].shape) != shapes[name]]
+    alone = [name for name in given.keys() ^ shapes.keys() if name.split(".")[0] not in OPTIONAL]
+    if any(name.startswith("backbone.") for name in [*wrong, *alone]):
+        what, fix = "a backbone of another architecture", "set backbone.name and backbone.kwargs as that run had them"
+    else:
+        what = "heads of another size or objective"
+        fix = "set objective.* as that run had it, or give backbone.weights in place of start_from for a fresh head"
+    name = next((name for name in shapes if name in wrong), None)
+    detail = (
+        f"{name} is {list(given[name].shape)} there, {shapes[name]} here" if name else " ".join(error.split())[:200]
+    )
+    return f"{what}: {detail}; {fix}"

@@ -83,7 +83,12 @@ def test_an_unknown_key_in_the_file(file: Path) -> None:
         ("value.batch_size=1", "value.batch_size=1: must be at least 2"),
         ("feedback.batch_size=1", "feedback.batch_size=1: must be at least 2"),
         ("designer.keep_ratio=1", "designer.keep_ratio=1"),
-        ("objective.teacher_temp=0.2", "would not sharpen"),
+        ("objective.teacher_temp=0.2", "would not sharpen; DINO uses 0.04 and 0.1"),
+        ("objective.teacher_temp=0.1", "would not sharpen"),
+        (
+            "objective={teacher_temp_start: 0.2, teacher_temp_warmup: 2}",
+            "objective.teacher_temp_start=0.2 is not below",
+        ),
         ("method=values", "choose value, baseline, random"),
         ("method=value", "needs labels: give data.ade20k=PATH"),
         ("method=random", "needs labels"),

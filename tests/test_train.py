@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ from dino_value.train import Run, train
 
 TIMING = ("images_per_second", "data_wait", "seconds")
 METHODS = ("value", "baseline", "random")
+SMALL_PREDICTOR = [f"objective.ijepa.{key}" for key in ("width=8", "depth=1", "heads=2")]
 
 
 def same(left: Any, right: Any) -> bool:
@@ -419,10 +421,45 @@ def test_start_from_takes_the_teacher_of_another_run(tiny: Callable[..., Config]
     assert load_checkpoint(second)["step"] == 1
 
 
-def test_start_from_another_architecture(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    first = train(tiny("method=baseline", f"out={tmp_path / 'first'}"), quiet=True)
-    with pytest.raises(UserError, match="of another architecture than backbone and objective"):
-        train(tiny("method=baseline", f"start_from={first}", "objective.out_dim=20"), quiet=True)
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["objective.out_dim=20"],
+            r"heads of another size.*last_layer.* \[16, 8\] there, \[20, 8\] here.*backbone\.weights",
+        ),
+        (
+            ["backbone.kwargs.embed_dim=48"],
+            r"a backbone of another architecture: .*24\] there, .*48\] here; set backbone",
+        ),
+        (["backbone.kwargs.depth=4"], r"a backbone of another architecture: 12 tensors .*blocks\.3.*set backbone"),
+        (
+            ["objective.name=ijepa", "views.local_count=0", "views.global_size=32", *SMALL_PREDICTOR],
+            r"heads of another size or objective: .*backbone\.weights in place of start_from",
+        ),
+    ],
+    ids=["head", "width", "depth", "objective"],
+)
+def test_start_from_another_architecture(
+    tiny: Callable[..., Config], tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    first = train(tiny("method=baseline", "steps=1", f"out={tmp_path / 'first'}"), quiet=True)
+    with pytest.raises(UserError, match=said) as caught:
+        train(tiny("method=baseline", f"start_from={first}", *overrides), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("namespace", [False, True])
+def test_start_from_a_checkpoint_of_another_program(
+    tiny: Callable[..., Config], tmp_path: Path, namespace: bool
+) -> None:
+    """DINO's own: what to give instead is said."""
+    content: dict[str, object] = {"teacher": {"backbone.cls_token": torch.zeros(1, 1, 24)}, "student": {}}
+    torch.save(content | ({"args": argparse.Namespace()} if namespace else {}), tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"of this program.*give backbone\.weights, and objective\.head") as caught:
+        train(tiny("method=baseline", f"start_from={tmp_path / 'checkpoint.pth'}"), quiet=True)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -503,12 +540,18 @@ def test_a_run_refused_at_its_first_step_may_be_corrected(tiny: Callable[..., Co
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("views.global_size=20", r"views\.global_size=20|image size 20"),
-        ("views.local_size=12", r"views\.local_size=12: not a multiple of the patch size 8"),
+        ("views.global_size=20", r"views\.global_size=20: not a multiple of the patch size 8 .* choose 16 or 24"),
+        ("views.global_size=6", r"views\.global_size=6: .* smaller than one patch; choose 8 or more"),
+        ("views.local_size=12", r"views\.local_size=12: not a multiple of the patch size 8 .* choose 8 or 16"),
+        ("views.local_size=4", r"views\.local_size=4: .* smaller than one patch; choose 8 or more"),
+        ("feedback.size=20", r"feedback\.size=20: not a multiple of the patch size 8; choose 16 or 24"),
+        ("feedback.size=4", r"feedback\.size=4: not a multiple of the patch size 8; choose 8 or 16"),
+        ("backbone.kwargs.drop_path_rate=1", r"backbone\.kwargs\.drop_path_rate=1: .* in \[0, 1\)"),
         ("value.scope.blocks=7", r"value\.scope: scope of the last 7 blocks: this learner has 3"),
         ("value.scope.patterns=[atn]", r"value\.scope: scope pattern 'atn' matches no parameter"),
         ("designer.stride=3", r"designer\.stride=3: must divide"),
-        ("optim.batch_size=17", r"16 images are fewer than a batch of 17"),
+        ("optim.batch_size=17", r"16 images are fewer than a batch of 17; lower the batch size"),
+        ("value.batch_size=17", r"meta unlabeled: 16 images are fewer than a batch of 17; lower the batch size"),
         ("feedback.seg.meta=99", r"cannot cut 8 \+ 99 labelled samples"),
         ("device=cuda:99", r"device=cuda:99: not available here"),
         ("device=toaster", r"device=toaster: not available here"),
