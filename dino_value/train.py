@@ -23,6 +23,7 @@ from dino_value.data import SkippingViews, open_views
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.errors import Interrupted, UserError
 from dino_value.health import Checkup, CollapseWatch
+from dino_value.linear import choose_matmul, use_onednn
 from dino_value.optim import FiniteGuard, cosine_schedule, linear_schedule, parameter_groups
 from dino_value.process import choose_device, stop_requests, use_bfloat16
 from dino_value.run_folder import prepare_folder, record_environment
@@ -110,6 +111,9 @@ class Run:
             backbone.check_size(size, f"views.{name}_size")
         self.loss = build_objective(config, backbone, self.device)
         self.student = Learner(backbone, **self.loss.heads(backbone.embed_dim)).to(self.device)
+        if choose_matmul(config.matmul, self.device) == "onednn":
+            for part in (self.student, self.loss):
+                use_onednn(part)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         groups = parameter_groups(self.student, config.optim.layer_decay, config.optim.patch_embed_lr_mult)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)

@@ -16,7 +16,8 @@ LEAVES = ("objectives", "designers", "heads", "data", "backbones")
 ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, ()),
     "backbones": ("weights", "blocks", "attention"),
-    "blocks": (),
+    "blocks": ("linear",),
+    "linear": (),
     "attention": ("blocks",),
     "weights": (),
     "language": ("value", "optim", "checkpoint", "track", "config"),
