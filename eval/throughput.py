@@ -243,9 +243,9 @@ def measure_evaluation(options: argparse.Namespace) -> dict[str, Any]:
         Target("segmentation, ours", "segmentation, one window at a time"),
         Target("linear, features kept", "linear, features anew each epoch", 5.0),
     ]
-    image = inference.Segmentation(
-        ours.extractor.backbone, inference.segmentation_source(large[1], large[0], 1), window, options.device
-    )
+    # In windows of its own pixels, not scaled to the protocol's size.
+    picture, scale = inference.segmentation_source(large[1], large[0], 1), min(large) / window
+    image = inference.Segmentation(ours.extractor.backbone, picture, window, options.device, scale)
     memory = peak_memory(inference.case("large image", image.ours), device)
     return {
         "rows": rows,
@@ -384,7 +384,7 @@ def main(argv: Sequence[str]) -> int:
     }
     result: dict[str, Any] = {"about": about}
     with tempfile.TemporaryDirectory() as folder:
-        write_data(Path(folder), options.size, 2)
+        write_data(Path(folder), options.size, options.batch)
         options.data = Path(folder) / "unlabeled"
         if "training" in options.tables:
             result["training"] = measure_training(options)

@@ -39,16 +39,20 @@ class Segmentation:
 
     Args:
         window: side of the windows, pixels; they are two thirds of it apart.
+        scale: of the images' shorter side over the window's; 1 is the protocol's.
     """
 
-    def __init__(self, backbone: Backbone, source: LabelledTensors, window: int, device: str) -> None:
-        self.source, self.options = source, seg.SegOptions(size=(window, window), device=device)
+    def __init__(
+        self, backbone: Backbone, source: LabelledTensors, window: int, device: str, scale: float = 1.0
+    ) -> None:
+        self.source = source
+        self.options = seg.SegOptions(size=(window, window), device=device, scales=(scale,))
         self.extractor = common.FrozenBackbone(backbone, seg.read_map, self.options)
         backbone.to(self.extractor.device).eval()
         head = common.seeded(lambda: build_head(seg.HEADS["linear"], backbone.embed_dim, CLASSES), 0)
         self.head: nn.Module = head.to(self.extractor.device).eval()
-        dataset = seg.Scaled(source, self.options, backbone.patch_size)
-        self.grids = [dataset.grid(dataset[index, common.FIXED][0][0]) for index in range(len(source))]
+        self.dataset = seg.Scaled(source, self.options, backbone.patch_size)
+        self.grids = [self.dataset.grid(self.dataset[index, common.FIXED][0][0]) for index in range(len(source))]
 
     @property
     def windows(self) -> int:
@@ -63,7 +67,7 @@ class Segmentation:
         """The same."""
         confusion = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
         for index, grid in enumerate(self.grids):
-            image, labels = self.source.load(index)
+            (image,), labels = self.dataset[index, common.FIXED][0], self.source.load(index)[1]
             total, count = torch.zeros(CLASSES, *grid.size), torch.zeros(grid.size)
             height, width = grid.window
             for top in grid.tops:
@@ -72,7 +76,8 @@ class Segmentation:
                     coarse = self.head(self.extractor(image[None, :, place[0], place[1]]))
                     total[:, place[0], place[1]] += F.interpolate(coarse, grid.window, mode="bilinear")[0].cpu()
                     count[place] += 1
-            prediction, valid = (total / count).argmax(0), labels != IGNORE
+            total = F.interpolate((total / count)[None], tuple(labels.shape), mode="bilinear")[0]
+            prediction, valid = total.argmax(0), labels != IGNORE
             cells = labels[valid] * CLASSES + prediction[valid]
             confusion += torch.bincount(cells, minlength=CLASSES**2).view(CLASSES, CLASSES)
         return seg.scores_of(confusion, NAMES)["miou"]
