@@ -35,12 +35,13 @@ from dino_value import train
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, packaged
 from dino_value.errors import UserError
-from dino_value.eval.benchmarks.timing import spread, timed
+from dino_value.eval.benchmarks.timing import give_back_memory, spread, timed
 from dino_value.objectives.dino import DINOHead
 from dino_value.optim import parameter_groups
 from dino_value.process import choose_device
 from dino_value.steps import Views
 
+END = "end"
 START = "spawn"
 """How processes begin: from nothing, as the denormal flag must be set before there are threads."""
 
@@ -219,7 +220,7 @@ def copy_head(ours: Any, other: Any) -> None:
 
 
 def serve(pipe: Connection, setting: Setting, threads: int) -> None:
-    """Build the loop; answer each batch of views with (seconds, loss), and None with what is known at the end: peak of
+    """Build the loop; answer each batch of views with (seconds, loss), and END with what is known at the end: peak of
     memory, FLOPs of a step, and where its time goes."""
     try:
         torch.set_num_threads(threads)
@@ -234,14 +235,16 @@ def serve(pipe: Connection, setting: Setting, threads: int) -> None:
         loop = LOOPS[setting.loop](run, setting.bf16)
         del run
         pipe.send("ready")
-        while (given := pipe.recv()) is not None:
+        while (given := pipe.recv()) != END:
             views = Views(*(torch.from_numpy(group).to(device) for group in given))
             losses: list[Callable[[], float]] = []
             first = FlopCounterMode(display=False) if setting.loop == "plain" and not flops else None
             with first or contextlib.nullcontext():
                 seconds = timed(lambda: losses.append(loop.step(views)), device)  # noqa: B023 (called at once)
             flops = first.get_total_flops() if first else flops
-            pipe.send((seconds, losses[0]()))
+            loss = losses.pop()()
+            give_back_memory()  # so that many rows fit into the machine; each pays for it alike in its next step
+            pipe.send((seconds, loss))
         peak = _peak(device) - before
         pipe.send({"peak_bytes": peak, "flops": flops, "shares": shares(lambda: loop.step(views))})
     except UserError as error:
@@ -274,13 +277,15 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
     return {name: time / max(1e-9, sum(found.values())) for name, time in found.items()}
 
 
-def receive(pipe: Connection) -> Any:
-    """What a row's process answers.
+def ask(pipe: Connection, given: Any = None) -> Any:
+    """What a row's process answers, to `given` or of itself.
 
     Raises:
         UserError: it refuses, or has died.
     """
     try:
+        if given is not None:
+            pipe.send(given)
         answer = pipe.recv()
     except (EOFError, ConnectionError):
         raise UserError("a row's process ended early; if memory ran out, lower --batch or choose fewer rows") from None
@@ -306,16 +311,14 @@ def measure(settings: Sequence[Setting], batches: Iterable[Views], threads: int)
             children.append(context.Process(target=serve, args=(end, row, threads), daemon=True))
             children[-1].start()
             end.close()
-            receive(pipes[row.name])  # one after the other: they would fight over the processor
+            ask(pipes[row.name])  # one after the other: they would fight over the processor
         for number, views in enumerate(batches):
             for row in settings if number % 2 else reversed(settings):
-                pipes[row.name].send([group.numpy() for group in views])
-                seconds, loss = receive(pipes[row.name])
+                seconds, loss = ask(pipes[row.name], [group.numpy() for group in views])
                 found[row.name]["losses"].append(loss)
                 found[row.name]["seconds"] += [seconds] if number else []
         for name, pipe in pipes.items():
-            pipe.send(None)
-            found[name] |= receive(pipe) | spread(found[name]["seconds"])
+            found[name] |= ask(pipe, END) | spread(found[name]["seconds"])
         return found
     finally:
         for child in children:
