@@ -32,7 +32,9 @@ from dino_value.designers import sparsity, total_variation
 from dino_value.errors import EXIT_DONE, UserError
 from dino_value.eval import common
 from dino_value.eval.benchmarks.timing import (
+    CLOCKS,
     Case,
+    check_clock,
     peak_memory,
     processor,
     spread,
@@ -239,14 +241,14 @@ class Vision:
             Target("value weights", "learner step", 0.10),
         ]
 
-    def cycle(self, period: int) -> float:
+    def cycle(self, period: int, clock: str = "wall") -> float:
         """The steered run's throughput over `period` steps, one of them with an update, as a share of the plain
         run's: the two take turns step by step."""
         self.steered.config.value.period = period
         seconds = dict.fromkeys((self.plain, self.steered), 0.0)
         for number in range(period):
             for run in list(seconds) if number % 2 else reversed(list(seconds)):
-                seconds[run] += timed(lambda run=run: run.learner_update(*self.batch), self.device)  # type: ignore[misc]
+                seconds[run] += timed(lambda run=run: run.learner_update(*self.batch), self.device, clock)  # type: ignore[misc]
         return seconds[self.plain] / seconds[self.steered]
 
     def _step(self) -> Callable[[], object]:
@@ -434,9 +436,11 @@ def language_cases(options: argparse.Namespace, device: torch.device) -> tuple[l
 # --- the report
 
 
-def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def measure(
+    cases: Sequence[Case], repeats: int, device: torch.device, clock: str = "wall"
+) -> dict[str, dict[str, Any]]:
     """By case: `seconds` of each round with their median and quartiles, and peak memory in bytes."""
-    seconds = take_turns(cases, repeats, device)
+    seconds = take_turns(cases, repeats, device, clock)
     rows: dict[str, dict[str, Any]] = {}
     for case in cases:
         memory = peak_memory(case, device)
@@ -521,6 +525,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", default=5, type=int, help="rounds")
     parser.add_argument("--cycles", default=1, type=int, help="whole cycles to run at r = 8")
     parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice by default")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: the processor's time, of one thread")
     parser.add_argument("--device", default="auto", help="cpu, cuda, …")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--tiny", action="store_true", help="a learner of seconds, to see that it runs")
@@ -554,12 +559,13 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), options.image_size, max(options.batch, 4 * options.meta_batch))
         vision = Vision(options, Path(folder))
-        rows = measure(vision.cases(), options.repeats, vision.device)
+        check_clock(options.clock, torch.get_num_threads(), vision.device)
+        rows = measure(vision.cases(), options.repeats, vision.device, options.clock)
         ratios = compare(rows, vision.targets())
         parts = throughput({name: row["seconds"] for name, row in rows.items()}, options.stride)
         losses = {period: {"parts": spread(values), "cycles": None} for period, values in parts.items()}
         vision.steer.engine_name = DIFFERENCE
-        if shares := [1 - vision.cycle(8) for _ in range(options.cycles)]:
+        if shares := [1 - vision.cycle(8, options.clock) for _ in range(options.cycles)]:
             losses[8]["cycles"] = spread(shares)
         device, settings = vision.device, vision.steered.config
         del vision
@@ -568,13 +574,14 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         print(f"language: left out, {error.name or error} is missing: pip install 'dino-value[language]'")
     else:
-        found = measure(cases, options.repeats, device)
+        found = measure(cases, options.repeats, device, options.clock)
         rows |= found
         ratios += compare(found, targets)
 
     about = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
+        "clock": options.clock,
         "memory": "max_memory_allocated" if device.type == "cuda" else "profiler's allocations; VmHWM",
         "torch": torch.__version__,
         "timm": metadata.version("timm"),

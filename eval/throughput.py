@@ -38,7 +38,9 @@ from dino_value.eval import common
 from dino_value.eval.benchmarks import inference, loops
 from dino_value.eval.benchmarks.loops import Setting
 from dino_value.eval.benchmarks.timing import (
+    CLOCKS,
     Case,
+    check_clock,
     peak_memory,
     processor,
     spread,
@@ -181,24 +183,30 @@ def published_pipelines(settings: ViewsConfig) -> list[Callable[[Image.Image], o
     return [pipeline(*large, first, 0), pipeline(*large, second, settings.solarize), *locals_]
 
 
-def matmul_rate(dtype: torch.dtype, side: int = 1536) -> float:
+def matmul_rate(dtype: torch.dtype, clock: str = "wall", side: int = 1536) -> float:
     """FLOP/s of a square matrix product, the best of five and of both libraries: what the processor does when nothing
     is in its way."""
     a = torch.ones(side, side, dtype=dtype)
     kinds = [torch.mm] + ([linear] if choose_matmul("auto", a.device) == "onednn" else [])
-    return 2 * side**3 / min(timed(lambda: kind(a, a), a.device) for kind in kinds for _ in range(5))  # noqa: B023
+    return 2 * side**3 / min(timed(lambda: kind(a, a), a.device, clock) for kind in kinds for _ in range(5))  # noqa: B023
 
 
 def measure_training(options: argparse.Namespace) -> dict[str, Any]:
     """The rows, their ratios, and the ways to make views."""
     settings, targets = choose_settings(options)
-    rows = loops.measure(settings, view_batches(options), options.threads)
-    if choose_device(options.device).type == "cpu":
+    if options.rows:
+        names = [row.name for row in settings]
+        if unknown := [name for name in options.rows if name not in names]:
+            raise UserError(f"--rows: no row {unknown[0]!r}; choose among {', '.join(map(repr, names))}")
+        settings = [row for row in settings if row.name in options.rows]
+        targets = [one for one in targets if {one.name, one.reference} <= set(options.rows)]
+    rows = loops.measure(settings, view_batches(options), options.threads, options.clock)
+    if choose_device(options.device).type == "cpu" and "plain" in rows:
         for row in settings:
-            rate = matmul_rate(torch.bfloat16 if row.bf16 else torch.float32)
+            rate = matmul_rate(torch.bfloat16 if row.bf16 else torch.float32, options.clock)
             rows[row.name]["flop_share"] = rows["plain"]["flops"] / rows[row.name]["median"] / rate
     torch.set_num_threads(1)
-    times = take_turns(data_cases(options), min(5, options.repeats), torch.device("cpu"))
+    times = take_turns(data_cases(options), min(5, options.repeats), torch.device("cpu"), options.clock)
     torch.set_num_threads(options.threads)
     data = {name: {"seconds": seconds, **spread(seconds)} for name, seconds in times.items()}
     return {"steps": rows, "ratios": compare(rows, targets), "data": data}
@@ -230,7 +238,8 @@ def measure_evaluation(options: argparse.Namespace) -> dict[str, Any]:
         inference.case("linear, features anew each epoch", lambda: fit.fit(False)),
     ]
     repeats = options.repeats
-    seconds = take_turns(cases, min(5, repeats), device) | take_turns(fits, min(2, repeats), device)
+    clock = options.clock
+    seconds = take_turns(cases, min(5, repeats), device, clock) | take_turns(fits, min(2, repeats), device, clock)
     rows: dict[str, dict[str, Any]] = {}
     for case in (*cases, *fits):
         done = plain.windows if case in cases else inference.EPOCHS * count
@@ -343,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", default=8, type=int, help="images of a step")
     parser.add_argument("--repeats", default=10, type=int, help="rounds that count; at most 5 of evaluation")
     parser.add_argument("--threads", default=len(os.sched_getaffinity(0)), type=int, help="of the CPU")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: the processor's time, of one thread")
     parser.add_argument("--device", default="auto", help="cpu, cuda, …")
     parser.add_argument("--precision", default="auto", help="of our best row: auto, bf16 or fp32")
     parser.add_argument("--fast", action="append", metavar="key=value", help="settings of our fast row, float32")
@@ -350,6 +360,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--without", action="append", default=[], choices=("lightly", "unflushed"), help="leave out these rows"
     )
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="of training, only these: where memory is short")
     parser.add_argument("--window", default=512, type=int, help="of segmentation, pixels")
     parser.add_argument("--images", default=32, type=int, help="of linear evaluation; an eighth of segmentation")
     parser.add_argument("--large", default=(4000, 3000), type=int, nargs=2, metavar=("WIDTH", "HEIGHT"))
@@ -375,6 +386,7 @@ def main(argv: Sequence[str]) -> int:
         common.prepare_folder(options.json.parent)
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)
+    check_clock(options.clock, options.threads, device)
     packages = ("torch", "timm", *(() if "lightly" in options.without else ("lightly",)))
     about = {
         "processor": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),

@@ -22,6 +22,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
@@ -219,7 +220,7 @@ def copy_head(ours: Any, other: Any) -> None:
 # --- the processes
 
 
-def serve(pipe: Connection, setting: Setting, threads: int) -> None:
+def serve(pipe: Connection, setting: Setting, threads: int, clock: str) -> None:
     """Build the loop; answer each batch of views with (seconds, loss), and END with what is known at the end: peak of
     memory, FLOPs of a step, and where its time goes."""
     try:
@@ -235,12 +236,12 @@ def serve(pipe: Connection, setting: Setting, threads: int) -> None:
         loop = LOOPS[setting.loop](run, setting.bf16)
         del run
         pipe.send("ready")
-        while (given := pipe.recv()) != END:
+        while (given := wait_for(pipe)) != END:
             views = Views(*(torch.from_numpy(group).to(device) for group in given))
             losses: list[Callable[[], float]] = []
             first = FlopCounterMode(display=False) if setting.loop == "plain" and not flops else None
             with first or contextlib.nullcontext():
-                seconds = timed(lambda: losses.append(loop.step(views)), device)  # noqa: B023 (called at once)
+                seconds = timed(lambda: losses.append(loop.step(views)), device, clock)  # noqa: B023 (called at once)
             flops = first.get_total_flops() if first else flops
             loss = losses.pop()()
             give_back_memory()  # so that many rows fit into the machine; each pays for it alike in its next step
@@ -249,6 +250,14 @@ def serve(pipe: Connection, setting: Setting, threads: int) -> None:
         pipe.send({"peak_bytes": peak, "flops": flops, "shares": shares(lambda: loop.step(views))})
     except UserError as error:
         pipe.send(error)
+
+
+def wait_for(pipe: Connection) -> Any:
+    """What comes next, or END where the parent is gone: siblings keep its end of the pipe open."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and pipe not in connection.wait([pipe, parent.sentinel]):
+        return END
+    return pipe.recv()
 
 
 def _peak(device: torch.device) -> int:
@@ -294,7 +303,9 @@ def ask(pipe: Connection, given: Any = None) -> Any:
     return answer
 
 
-def measure(settings: Sequence[Setting], batches: Iterable[Views], threads: int) -> dict[str, dict[str, Any]]:
+def measure(
+    settings: Sequence[Setting], batches: Iterable[Views], threads: int, clock: str = "wall"
+) -> dict[str, dict[str, Any]]:
     """By row: `seconds` of each step with their median and quartiles, `losses`, `peak_bytes` above the imports,
     `flops` (of the plain loop), `shares` of the time.
 
@@ -308,7 +319,7 @@ def measure(settings: Sequence[Setting], batches: Iterable[Views], threads: int)
     try:
         for row in settings:
             pipes[row.name], end = context.Pipe()
-            children.append(context.Process(target=serve, args=(end, row, threads), daemon=True))
+            children.append(context.Process(target=serve, args=(end, row, threads, clock), daemon=True))
             children[-1].start()
             end.close()
             ask(pipes[row.name])  # one after the other: they would fight over the processor

@@ -19,9 +19,12 @@ import torch
 from PIL import Image
 
 from dino_value.data.scenes import scenes
+from dino_value.errors import UserError
 
 CLASSES = 150  # of ADE20K: the head's loss at full resolution is a part of the cost
 _WORK = "measured work"
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""`cpu` is what the process itself used: for one thread on a machine that has other things to do."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +43,33 @@ class Memory:
     resident: int | None
 
 
-def take_turns(cases: Sequence[Case], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(cases: Sequence[Case], rounds: int, device: torch.device, clock: str = "wall") -> dict[str, list[float]]:
     """Seconds of each case in each round, after one that does not count; every other round goes backwards."""
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     for number in range(rounds + 1):
         for case in cases if number % 2 else reversed(cases):
-            taken = timed(case.prepare(), device)
+            taken = timed(case.prepare(), device, clock)
             if number:
                 seconds[case.name].append(taken)
     return seconds
 
 
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of `work`, what it queued on the device included."""
+def timed(work: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
+    """Seconds of `work` by one of CLOCKS, what it queued on the device included."""
+    now = CLOCKS[clock]
     _wait(device)
-    start = time.perf_counter()
+    start = now()
     work()
     _wait(device)
-    return time.perf_counter() - start
+    return now() - start
+
+
+def check_clock(clock: str, threads: int, device: torch.device) -> None:
+    """Raises:
+    UserError: processor time would not be the time that one waits.
+    """
+    if clock == "cpu" and (threads != 1 or device.type != "cpu"):
+        raise UserError("--clock=cpu: adds up all threads and sees no GPU; use it with --threads=1 --device=cpu")
 
 
 def _wait(device: torch.device) -> None:

@@ -145,6 +145,8 @@ def test_a_row_that_refuses_is_one_line(options: argparse.Namespace, forked: Non
         (["--repeats=0"], "--repeats=0: must be at least 1"),
         (["--batch=1"], "--batch=1: must be at least 2"),
         (["--images=4"], "--images=4: must be at least 16"),
+        (["--tiny", "--batch=4", "--rows", "plane"], "no row 'plane'; choose among 'ours', "),
+        (["--threads=2", "--clock=cpu"], "use it with --threads=1"),
         (["--tables=serving"], "invalid choice"),
         (["--tiny", "--batch=4", "optim.lrr=3"], "did you mean optim.lr"),
     ],
