@@ -38,6 +38,7 @@ from dino_value.eval import common
 from dino_value.eval.benchmarks import inference, loops
 from dino_value.eval.benchmarks.loops import Setting
 from dino_value.eval.benchmarks.timing import (
+    CLASSES,
     CLOCKS,
     Case,
     check_clock,
@@ -264,7 +265,7 @@ def measure_evaluation(options: argparse.Namespace) -> dict[str, Any]:
             "windows": image.windows,
             "peak_bytes": memory.tensors,
             "peak_resident_bytes": memory.resident,
-            "whole_logits_bytes": 4 * inference.CLASSES * large[0] * large[1],
+            "whole_logits_bytes": 4 * CLASSES * large[0] * large[1],
         },
     }
 

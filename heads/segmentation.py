@@ -63,7 +63,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore: int = IGNORE) -> T
     """
     upsampled = logits.shape[-2:] == labels.shape[-2:]
     if logits.shape[1] >= STRIPS_FROM and not upsampled:
-        total: Tensor = _CrossEntropyInStrips.apply(logits, labels, ignore)  # type: ignore[no-untyped-call]
+        total: Tensor = _CrossEntropyInStrips.apply(logits, labels, ignore)
     else:
         logits = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
         total = F.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
@@ -104,7 +104,7 @@ class _CrossEntropyInStrips(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer, None, None
