@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -23,6 +22,8 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from dino_value.linear import OneDNNLinear, function_of
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNormFp32, nn.Identity)
 # Below this rate DINOv2 keeps the plain mask: gathering costs more than it saves, and B·rate is a poor count.
@@ -51,7 +52,7 @@ def unknown(block: nn.Module) -> str | None:
     attention: Any = block.attn
     if type(attention) not in (Attention, AttentionRope, EvaAttention):
         return f"its attention is {type(attention).__name__}"
-    if getattr(attention, "qkv", None) is not None and type(attention.qkv) is not nn.Linear:
+    if getattr(attention, "qkv", None) is not None and type(attention.qkv) not in (nn.Linear, OneDNNLinear):
         return f"its qkv projection is {type(attention.qkv).__name__}"
     if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
         return f"its MLP is {type(block.mlp).__name__}"
@@ -233,16 +234,16 @@ def _project(attention: Any, rows: Tensor, asking: Tensor, first: bool) -> list[
     """q of `asking`, k and v of `rows`, each [R h·d]."""
     if attention.qkv is None:
         return [attention.q_proj(asking), attention.k_proj(rows), attention.v_proj(rows)]
-    weight, bias = attention.qkv.weight, attention.qkv.bias
+    multiply, weight, bias = function_of(attention.qkv), attention.qkv.weight, attention.qkv.bias
     if getattr(attention, "q_bias", None) is not None:  # EVA: keys have none
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     width = len(weight) // 3
     if not first:
-        return list(F.linear(rows, weight, bias).split(width, dim=-1))
+        return list(multiply(rows, weight, bias).split(width, dim=-1))
     (w_q, w_kv), (b_q, b_kv) = weight.split((width, 2 * width)), (None, None)
     if bias is not None:
         b_q, b_kv = bias.split((width, 2 * width))
-    return [F.linear(asking, w_q, b_q), *F.linear(rows, w_kv, b_kv).split(width, dim=-1)]
+    return [multiply(asking, w_q, b_q), *multiply(rows, w_kv, b_kv).split(width, dim=-1)]
 
 
 def _heads(attention: Any, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, bool] | None) -> Queries:

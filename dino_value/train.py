@@ -36,6 +36,7 @@ from dino_value.errors import Interrupted, UserError
 from dino_value.feedback import FeedbackTask, Labels
 from dino_value.files import write_json
 from dino_value.health import Checkup, CollapseWatch, Event
+from dino_value.linear import choose_matmul, use_onednn
 from dino_value.optim import (
     Evidence,
     FiniteGuard,
@@ -165,6 +166,9 @@ class Run:
             backbone.check_size(config.views.local_size, "views.local_size")
         self.loss = build_objective(config, backbone, self.device)
         self.student = Learner(backbone, **self.loss.heads(backbone.embed_dim)).to(self.device)
+        if choose_matmul(config.matmul, self.device) == "onednn":
+            for part in (self.student, self.loss):
+                use_onednn(part)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         groups = parameter_groups(self.student, config.optim.layer_decay, config.optim.patch_embed_lr_mult)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)

@@ -19,6 +19,7 @@ from dino_value.data.labelled import LabelledSource, Layout, Split, Subset, open
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 from dino_value.eval import EVALUATIONS, intervals, output
 from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed
+from dino_value.linear import choose_matmul, use_onednn
 from dino_value.track import environment
 
 Pair = tuple[LabelledSource, LabelledSource]
@@ -114,6 +115,7 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser.add_argument("--batch", default=defaults.batch, type=int, help="images per head update and forward pass")
     parser.add_argument("--seed", default=defaults.seed, type=int, help="of every random choice")
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present")
+    parser.add_argument("--matmul", default="torch", help="on the CPU: torch, onednn or auto (docs/speed.md)")
     parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images")
     parser.add_argument("--save-images", default=0, type=int, metavar="N", help="draw the first N predictions")
     parser.add_argument(
@@ -248,6 +250,8 @@ def prepare(found: Evaluation[Any], arguments: argparse.Namespace, weights: str)
     }
     size = arguments.size or found.defaults.size
     backbone = load_backbone(weights, model=arguments.model, img_size=max(size), min_match=arguments.min_match)
+    if choose_matmul(arguments.matmul, pick_device(arguments.device)) == "onednn":
+        use_onednn(backbone)
     if arguments.size is None:
         patch = backbone.patch_size
         size = tuple(max(1, round(side / patch)) * patch for side in size)

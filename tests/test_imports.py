@@ -16,14 +16,15 @@ LEAVES = ("objectives", "designers", "heads", "data", "backbones")
 ONLY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(LEAVES, ()),
     "backbones": ("weights", "blocks", "attention", "files"),
-    "blocks": (),
+    "blocks": ("linear",),
+    "linear": (),
     "attention": ("blocks",),
     "weights": (),
     "language": ("value", "optim", "checkpoint", "track", "config"),
     "slurm": ("cli",),
 }
 NEVER = {"eval": ("train",)}
-BENCHMARKS = ("dino_value.eval.overhead", "dino_value.eval.throughput")  # they time training itself
+BENCHMARKS = ("dino_value.eval.overhead", "dino_value.eval.benchmarks.loops")  # they time training itself
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[str]:

@@ -15,7 +15,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix, 
 from dino_value.backbones import Backbone, Features, create_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import UserError
-from dino_value.eval import common, overhead, seg, windows
+from dino_value.eval import common, seg, windows
+from dino_value.eval.benchmarks import timing
 
 OPTIONS = seg.SegOptions(size=(32, 32), steps=2, batch=4, lr=1e-2, device="cpu")
 NAMES = ["a", "b", "c", "d", "e"]
@@ -236,7 +237,7 @@ def test_memory_grows_with_the_width_not_the_area(monkeypatch: pytest.MonkeyPatc
     def prepare() -> Callable[[], object]:
         return work
 
-    assert overhead.peak_tensors(overhead.Case("", prepare)) < 32e6
+    assert timing.peak_tensors(timing.Case("", prepare)) < 32e6
 
 
 @pytest.mark.parametrize("seed", range(5))
