@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,8 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_value.backbones import Backbone, create_backbone, save_backbone
-from dino_value.data import scenes
-from dino_value.data.labelled import LabelledSource, Subset, open_labelled
+from dino_value.data.labelled import LabelledSource, LabelledTensors, Subset, open_labelled
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import common, mmseg_backend, seg
 from dino_value.heads import IGNORE, LinearBNSegHead
@@ -34,13 +34,14 @@ Pair = tuple[LabelledSource, LabelledSource]
 
 
 @pytest.fixture(scope="session")
-def parts() -> ModuleType:
+def parts() -> Iterator[ModuleType]:
     """mmseg_parts, where it can be imported."""
     pytest.importorskip("mmengine", reason="needs the extra [mmseg]")
     from dino_value.eval import mmseg_parts
 
     gc.freeze()  # mmengine collects garbage for every data set that it opens: seconds, with all of torch in memory
-    return mmseg_parts
+    yield mmseg_parts
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +285,41 @@ def test_configs_build(weights: Path, name: str, maps: list[tuple[int, int]]) ->
     assert not model.train().backbone.backbone.training
 
 
+OWN_CONFIG = """
+_base_ = "{base}"
+size = (32, 32)
+model = dict(
+    data_preprocessor=dict(size=size),
+    backbone=dict(weights="{weights}"),
+    decode_head=dict(in_channels=[48], channels=48, num_classes=4, out_channels=4),
+    test_cfg=dict(crop_size=size, stride=(16, 16)),
+)
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(
+    data_root="{data}", img_suffix=".png",
+    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]))
+test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root="{data}", img_suffix=".png"))
+train_cfg = dict(max_iters=2, val_interval=3)
+work_dir = "{work}"
+"""
+
+
+def test_a_users_own_config_runs(parts: ModuleType, weights: Path, squares: Path, tmp_path: Path) -> None:
+    """As mmsegmentation's tools/train.py and tools/test.py run it."""
+    from mmengine.config import Config
+    from mmengine.runner import Runner
+
+    config = tmp_path / "own.py"
+    with as_file(files("dino_value.configs") / "mmseg" / "linear.py") as base:
+        config.write_text(OWN_CONFIG.format(base=base, weights=weights, data=squares, work=tmp_path / "work"))
+        loaded = Config.fromfile(config)
+    with mmseg_backend.isolated(OWN):
+        runner = Runner.from_cfg(loaded)
+        runner.train()
+        assert 0 <= runner.test()["miou"] <= 1
+    assert runner.iter == 2
+    assert isinstance(runner.model.backbone, parts.DinoValueBackbone)
+
+
 def test_backbone_returns_maps_of_blocks(parts: ModuleType, backbone: Backbone, generator: torch.Generator) -> None:
     backbone.eval()
     images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=generator)
@@ -362,9 +398,13 @@ def test_settings_without_counterpart(backbone: Backbone, squares: Path, change:
 
 @pytest.mark.usefixtures("parts")
 def test_data_without_counterpart(backbone: Backbone, squares: Path, tmp_path: Path) -> None:
-    embedded = scenes.labelled("ade20k", "training"), scenes.labelled("ade20k", "validation")
+    held = LabelledTensors("seg", torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 32, 32).long(), NAMES)
     with pytest.raises(UserError, match="reads the files of an ADEChallengeData2016 folder"):
-        seg.evaluate(backbone, *embedded, MMSEG)
+        seg.evaluate(backbone, held, held, MMSEG)
+    held.class_names = [str(index) for index in range(255)]
+    held.num_classes = 255
+    with pytest.raises(UserError, match=r"255 classes: .* 254 at most"):
+        seg.evaluate(backbone, held, held, MMSEG)
     root = write_squares(tmp_path / "mixed", (32, 32), (4, 2))
     Image.open(root / "images" / "training" / "00.png").save(root / "images" / "training" / "00.jpg")
     (root / "images" / "training" / "00.png").unlink()
