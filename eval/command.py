@@ -309,6 +309,7 @@ def run_one(
         "phases": {name: round(seconds, 2) for name, seconds in result.seconds.items()},
         "images_per_second": round((result.images or len(result.rows)) / max(score_seconds, 1e-9), 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "matmul": choose_matmul(arguments.matmul, device),
         "torch": torch.__version__,
         "environment": environment(options.seed, device),
         **result.about,
