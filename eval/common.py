@@ -6,7 +6,6 @@ state. On CUDA it repeats to rounding only, because bilinear upsampling adds its
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +24,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dino_value.backbones import Backbone, Features
+from dino_value.checkpoint import read_state, write_state
 from dino_value.data.labelled import IGNORE, Kind, LabelledDataset, LabelledSource
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval.output import format_size, prepare_folder, script, write_results
-from dino_value.files import write_bytes
 from dino_value.process import stop_requests
 
 __all__ = ["prepare_folder", "script", "write_results"]
@@ -535,7 +534,7 @@ class Progress:
         self._state: dict[str, Any] = {}
         if resume and path.is_file():
             try:
-                self._state = torch.load(path, map_location="cpu", weights_only=True)
+                self._state = read_state(path)
                 self.step = int(self._state["step"])
             except Exception as error:  # whatever the unpickler makes of a damaged file
                 raise UserError(f"{path}: no state to resume from ({type(error).__name__}); delete it") from None
@@ -562,10 +561,8 @@ class Progress:
             schedule.load_state_dict(self._state["schedule"])
 
     def save(self, step: int, head: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-        buffer = io.BytesIO()
         state = {"step": step, "key": self.key, "head": head.state_dict()}
-        torch.save({**state, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, buffer)
-        write_bytes(self.path, buffer.getvalue())
+        write_state(self.path, {**state, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
         self.saved = time.monotonic()
 
     @property

@@ -29,6 +29,8 @@ SPLITS_NAME = "splits.mat"
 MAX_DEPTH = 10.0
 """Metres; the sensor's range, and what is beyond counts as unknown."""
 _LISTS: dict[Split, tuple[str, ...]] = {"training": ("*train*.txt",), "validation": ("*test*.txt", "*val*.txt")}
+# What h5py makes of a damaged file, as seen.
+_DAMAGED = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError)
 # Where the names of a list may begin, as the preparation scripts of BTS leave the files.
 _BASES = ("", "sync", "train", "test", "official_splits/train", "official_splits/test")
 
@@ -104,13 +106,16 @@ class NYUv2:
         file = self._file()
         try:
             shapes = file["images"].shape, file["depths"].shape
-        except (KeyError, AttributeError):
+            kinds = file["images"].dtype, file["depths"].dtype
+        except (AttributeError, *_DAMAGED):
             raise UserError(f"{self._path}: lacks the datasets images and depths of NYUv2") from None
         (count, *image), (_, *depth) = shapes
         if len(image) != 3 or image[0] != 3 or [count, *image[1:]] != [shapes[1][0], *depth]:
             raise UserError(
                 f"{self._path}: images {shapes[0]} and depths {shapes[1]} are not (n, 3, W, H) and (n, W, H)"
             )
+        if kinds[0] != np.uint8 or kinds[1].kind != "f":
+            raise UserError(f"{self._path}: images {kinds[0]} and depths {kinds[1]} are not uint8 and floating point")
         self._indices = _read_split(Path(root) / SPLITS_NAME, split, count)
         groups = _read_scenes(file, self._path) or index_groups(count, neighbours)
         if len(groups) != count:
@@ -153,7 +158,7 @@ class NYUv2:
     def _row(self, dataset: str, index: int) -> np.ndarray:
         try:
             return np.asarray(self._file()[dataset][self._indices[index]])
-        except OSError as error:
+        except _DAMAGED as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error}); the file is damaged") from None
 
     def name(self, index: int) -> str:
@@ -275,9 +280,9 @@ def _read_split(path: Path, split: Split, count: int) -> list[int]:
 
 def _read_scenes(file: h5py.File, path: Path) -> list[str] | None:
     """The scene of each image, from the cell array of strings `scenes`; None where the file has none."""
-    if "scenes" not in file:
-        return None
     try:
+        if "scenes" not in file:
+            return None
         return ["".join(map(chr, file[reference][()].reshape(-1))) for reference in file["scenes"][()].reshape(-1)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (AttributeError, OverflowError, *_DAMAGED) as error:
         raise UserError(f"{path}: its scenes cannot be read ({error})") from None
