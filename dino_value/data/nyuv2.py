@@ -17,11 +17,11 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from scipy.io import loadmat
 from torch import Tensor
 
 from dino_value.data.folders import read_depth, read_image
 from dino_value.data.labelled import Kind, LabelledSource, Split, index_groups
+from dino_value.data.matlab import read_arrays
 from dino_value.errors import UserError
 
 MAT_NAME = "nyu_depth_v2_labeled.mat"
@@ -268,11 +268,13 @@ def _read_split(path: Path, split: Split, count: int) -> list[int]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; it comes with {MAT_NAME} and says which images are for training")
     try:
-        indices = loadmat(path)[key].reshape(-1).astype(np.int64) - 1
-    except KeyError:
-        raise UserError(f"{path}: holds no {key}") from None
-    except Exception as error:  # scipy raises its own, zlib's and struct's errors on damaged files
+        found = read_arrays(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a MATLAB file ({error})") from None
+    if key not in found:
+        raise UserError(f"{path}: holds no {key}")
+    with np.errstate(invalid="ignore"):  # what is no number becomes an index that is refused below
+        indices = found[key].reshape(-1).astype(np.int64) - 1
     if not indices.size or indices.min() < 0 or indices.max() >= count:
         raise UserError(f"{path}: {key} must name images 1…{count} of {MAT_NAME}")
     return indices.tolist()
