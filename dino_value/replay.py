@@ -70,7 +70,7 @@ def replay(path: Path, overrides: Sequence[str] = ()) -> Replay:
     Raises:
         UserError: not a replay file, its data cannot be read, or all terms are finite this time.
     """
-    content = _read(path)
+    content = read_replay(path)
     config = _config(path, content["config"], overrides)
     from dino_value.train import Run
 
@@ -106,7 +106,7 @@ def print_replay(result: Replay) -> None:
     console.print(result.message, origin, sep="\n", markup=False, highlight=False, soft_wrap=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_replay(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give one of RUN/nonfinite")
     content = read_state(path)

@@ -52,7 +52,7 @@ def prepare_folder(config: Config, folder: Path, override: bool = False) -> list
         save_config(config, saved)
         for place in (folder, folder / "checkpoints"):
             sweep(place)
-    except (YAMLError, OmegaConfBaseException):
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError):
         raise UserError(f"{folder / 'config.yaml'}: not a run's configuration; choose another out=") from None
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written ({error.strerror}); choose another out=") from None
@@ -70,7 +70,7 @@ def record_environment(folder: Path, found: dict[str, Any]) -> None:
         try:
             first = json.loads(path.read_bytes())
             found = {**first, "resumed": [*first.get("resumed", []), found]}
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{path}: not what a run writes; remove it, and the run goes on") from None
     write_json(path, found)
 

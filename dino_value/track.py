@@ -75,15 +75,17 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, if it has any; a line torn by a kill is left out."""
+    """The rows of a run's metrics.jsonl, if it has any; a line torn by a kill, or damaged, is left out."""
     rows: list[dict[str, Any]] = []
     if not (folder / METRICS_NAME).exists():
         return rows
-    for line in (folder / METRICS_NAME).read_text().splitlines():
+    for line in (folder / METRICS_NAME).read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 

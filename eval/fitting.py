@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_value.checkpoint import read_state, write_state
 from dino_value.data.labelled import LabelledSource
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval.base import HeadOptions
 from dino_value.eval.features import Items, Memory, shown, training_batches
-from dino_value.files import write_bytes
 from dino_value.process import stop_requests
 
 
@@ -77,7 +76,7 @@ class Progress:
         self._state: dict[str, Any] = {}
         if resume and path.is_file():
             try:
-                self._state = torch.load(path, map_location="cpu", weights_only=True)
+                self._state = read_state(path)
                 self.step = int(self._state["step"])
             except Exception as error:  # whatever the unpickler makes of a damaged file
                 raise UserError(f"{path}: no state to resume from ({type(error).__name__}); delete it") from None
@@ -104,10 +103,8 @@ class Progress:
             schedule.load_state_dict(self._state["schedule"])
 
     def save(self, step: int, head: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-        buffer = io.BytesIO()
         state = {"step": step, "key": self.key, "head": head.state_dict()}
-        torch.save({**state, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, buffer)
-        write_bytes(self.path, buffer.getvalue())
+        write_state(self.path, {**state, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
         self.saved = time.monotonic()
 
     @property

@@ -6,8 +6,13 @@ whatever the number of workers, and a stopped run goes on by asking for step t.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import multiprocessing
+import os
+import select
 import signal
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -86,10 +91,11 @@ class Stream:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4,
             multiprocessing_context=processes,
+            worker_init_fn=functools.partial(_follow, os.getpid()),
             generator=torch.Generator(),  # for the loader's base seed, which would be drawn from the global generator
         )
         # A signal to the whole group is the training process's to answer: workers, and the server they are forked from,
-        # inherit the mask. They end with the training process, whatever ends it.
+        # inherit the mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
         try:
             batches = iter(loader)
@@ -99,6 +105,21 @@ class Stream:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _follow(process: int, worker: int) -> None:
+    """Have this loader process end when the training process does, whatever ended it.
+
+    torch's loaders watch their parent, which is the server here: it lives until the last of them has gone, and after a
+    kill -9 they would wait for each other for ever.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(ProcessLookupError):  # gone already
+            select.select([os.pidfd_open(process)], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Cursor:
