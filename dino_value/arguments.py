@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from dino_value.errors import EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
+from dino_value.errors import EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, Interrupted, ProcessLost, UserError
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake) or 75 (stopped, resumable)."""
+    """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake), 1 (another process is
+    gone) or 75 (stopped, resumable)."""
     try:
         return command()
     except UserError as error:
@@ -33,6 +34,9 @@ def exit_code(command: Callable[[], int]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror}; free space or choose another folder", file=sys.stderr)
         return EXIT_USER
+    except ProcessLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return EXIT_LOST
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return EXIT_RESUMABLE

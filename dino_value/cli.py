@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +103,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from dino_value.train import train
 
     folder = train(load_config(arguments.config, arguments.overrides), quiet=arguments.quiet)
-    print(folder)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(folder)
     return EXIT_DONE
 
 

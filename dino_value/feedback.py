@@ -12,10 +12,12 @@ from dino_value.backbones import Backbone
 from dino_value.config import Config, TaskConfig
 from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled, split_by_group
 from dino_value.data.sampling import Cursor, Stream, key
+from dino_value.distributed import gather, own_part, world
 from dino_value.errors import UserError
-from dino_value.heads import LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
+from dino_value.heads import IGNORE, LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
 from dino_value.optim import FiniteGuard
-from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, mean_gradient
+from dino_value.parts import WHOLE
+from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, average, mean_gradient
 
 LAYOUTS: dict[str, Layout] = {"seg": "ade20k", "depth": "nyuv2"}
 
@@ -37,13 +39,13 @@ class FeedbackTask:
             data = LabelledDataset(source, indices, size=size, flip=True)
             # All of a pool smaller than a batch is a batch, but for the heads, whose batch norm wants what it was told.
             batch = config.feedback.batch_size if name == "train" else min(config.feedback.batch_size, len(indices))
-            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers)
+            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers, own_part())
 
         self.train_stream, self.meta_stream = stream("train", self.train_indices), stream("meta", self.meta_indices)
         if isinstance(
             self.head, LinearBNDepthHead
         ):  # from the mean depth, which would take thousands of steps to learn
-            depths = self.train_stream.batch(0)[1]
+            depths = self.train_stream.batch(0, WHOLE)[1]
             if (depths > 0).any():
                 self.head.start_at(float(depths[depths > 0].mean()))
         self.head.to(device)
@@ -113,14 +115,20 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
 
 
 def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:
-    """One step of the head on a head-train batch, the backbone frozen; returns the loss, detached."""
+    """One step of the head on a head-train batch, the backbone frozen; returns the loss, detached.
+
+    Each process runs the backbone on its part of the batch. The head's own step, little work, every process takes on
+    all of it: its batch norm sees the whole batch, and the heads stay equal.
+    """
     images, labels = (part.to(device, non_blocking=True) for part in task.train.next())
     number = task.train.count - 1
     with torch.no_grad():
         features = backbone(backbone.normalise(images))
+    size = task.train_stream.batch_size
+    patches, labels = gather(features.patches.float(), size), gather(labels, size)
     task.head.train()
     with torch.autocast(device.type, enabled=False):
-        loss = task.loss(features.patches.float(), features.grid, labels)
+        loss = task.loss(patches, features.grid, labels)
     task.optimizer.zero_grad()
     loss.backward()
 
@@ -163,7 +171,10 @@ def held_gradients(task: FeedbackTask, backbone: Backbone, scope: Scope, device:
 def batch_gradient(
     task: FeedbackTask, batch: tuple[Tensor, ...], backbone: Backbone, scope: Scope, device: torch.device
 ) -> tuple[Gradient, Tensor]:
-    """∇_{θ_S} L_down on one labelled batch, and the loss; both detached. The head is in inference mode."""
+    """∇_{θ_S} L_down on one labelled batch, and the loss; both detached. The head is in inference mode.
+
+    Of several processes each has its part, and all get the whole batch's: L_down is a mean over valid pixels.
+    """
     images, labels = (part.to(device, non_blocking=True) for part in batch)
     views = backbone.normalise(images)
     task.head.eval()
@@ -173,4 +184,9 @@ def batch_gradient(
     with torch.autocast(device.type, enabled=False):
         features = functional_call(backbone, leaves, (state,), {"start": scope.start or 0})
         loss = task.loss(features.patches, features.grid, labels)
-    return list(torch.autograd.grad(loss, list(leaves.values()))), loss.detach()
+    found = [*torch.autograd.grad(loss, list(leaves.values())), loss.detach()]
+    if world() > 1:
+        valid = (labels != IGNORE if task.kind == "seg" else labels > 0).sum().to(loss.dtype)
+        *found, count = average([*torch._foreach_mul(found, valid), valid])
+        torch._foreach_div_(found, count.clamp_min(1 / world()))
+    return found[:-1], found[-1]

@@ -69,7 +69,7 @@ _OURS = {
     "report.html",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.
-_FREE = {"out", "device", "log_every", "data.workers", "checkpoint.every", "checkpoint.keep"}
+_FREE = {"out", "device", "log_every", "data.workers", "checkpoint.every", "checkpoint.keep", "distributed.timeout"}
 
 
 def _is_config(path: Path) -> bool:
