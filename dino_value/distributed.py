@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_value.errors import EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, Interrupted, ProcessLost, UserError
@@ -147,8 +149,11 @@ def shared(learner: nn.Module) -> nn.Module:
     whole = Whole(learner)
     if world() == 1:
         return whole
-    # A gradient per parameter is certain: a parameter without one is an error here, not a silent zero.
-    return DistributedDataParallel(whole, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # No buffer of a learner changes; the option that says so has two names, the second deprecated.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)
+    constant: dict[str, Any] = {name: False}
+    return DistributedDataParallel(whole, gradient_as_bucket_view=True, **constant)
 
 
 def reduced(whole: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -181,7 +186,7 @@ def joined(config: Config) -> Iterator[None]:
         cuda = config.device != "cpu" and torch.cuda.is_available()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore("group", meeting.store),
+            store=PrefixStore("group", meeting.store),
             rank=meeting.rank,
             world_size=count,
             timeout=timedelta(seconds=config.distributed.timeout),
@@ -222,10 +227,10 @@ class Meeting:
         # What was said in another attempt, or at an earlier meeting of these processes, counts no more.
         prefix = f"dino-value/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_MEETINGS)}"
 
-        def connect(master: bool) -> dist.Store:
+        def connect(master: bool) -> Store:
             limit = timedelta(seconds=timeout)
-            store = dist.TCPStore(address, port, count, master, timeout=limit, wait_for_workers=False)
-            return dist.PrefixStore(prefix, store)
+            store = TCPStore(address, port, count, master, timeout=limit, wait_for_workers=False)
+            return PrefixStore(prefix, store)
 
         try:
             self.store = connect(self.keeps)
@@ -304,7 +309,7 @@ class Watch(threading.Thread):
     interrupted, so the end is that of the process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, count: int, host: str) -> None:
+    def __init__(self, store: Store, rank: int, count: int, host: str) -> None:
         super().__init__(daemon=True)
         self.store, self.rank, self.count = store, rank, count
         self.over = threading.Event()
@@ -333,19 +338,20 @@ class Watch(threading.Thread):
                 os._exit(EXIT_LOST)
 
     def find(self) -> str | None:
-        """Who has left last words, or gives no sign of life for a few beats."""
+        """Who has left last words, or gives no sign of life for some beats; None if all others do."""
+        others = [other for other in range(self.count) if other != self.rank]
+        first: dict[int, bytes] = {}
+        until = time.monotonic() + 6 * BEAT
         try:
+            while others and time.monotonic() < until:
+                with self._lock:
+                    if self.store.check(["lost"]):
+                        return self.store.get("lost").decode()
+                    now = {other: self.store.get(f"beat/{other}") for other in others}
+                others = [other for other in others if first.setdefault(other, now[other]) == now[other]]
+                time.sleep(BEAT / 4)
             with self._lock:
-                if self.store.check(["lost"]):
-                    return self.store.get("lost").decode()
-                before = [self.store.get(f"beat/{other}") for other in range(self.count)]
-            time.sleep(2.5 * BEAT)
-            with self._lock:
-                if self.store.check(["lost"]):
-                    return self.store.get("lost").decode()
-                after = [self.store.get(f"beat/{other}") for other in range(self.count)]
-                still = [other for other in range(self.count) if before[other] == after[other] and other != self.rank]
-                return self._silent(still[0]) if still else None
+                return self._silent(others[0]) if others else None
         except RuntimeError:
             return f"process 0 of {self.count}, which keeps the store, is gone"
 

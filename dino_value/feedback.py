@@ -123,9 +123,9 @@ def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard
     images, labels = (part.to(device, non_blocking=True) for part in task.train.next())
     number = task.train.count - 1
     with torch.no_grad():
-        features = backbone(backbone.normalise(images))
+        features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
     size = task.train_stream.batch_size
-    patches, labels = gather(features.patches.float(), size), gather(labels, size)
+    patches, labels = gather(features.patches[: len(labels)].float(), size), gather(labels, size)
     task.head.train()
     with torch.autocast(device.type, enabled=False):
         loss = task.loss(patches, features.grid, labels)
@@ -175,7 +175,7 @@ def batch_gradient(
 
     Of several processes each has its part, and all get the whole batch's: L_down is a mean over valid pixels.
     """
-    images, labels = (part.to(device, non_blocking=True) for part in batch)
+    images, labels = never_empty(task, *(part.to(device, non_blocking=True) for part in batch))
     views = backbone.normalise(images)
     task.head.eval()
     leaves = {name: value.requires_grad_() for name, value in scope.parameters(backbone).items()}
@@ -190,3 +190,12 @@ def batch_gradient(
         *found, count = average([*torch._foreach_mul(found, valid), valid])
         torch._foreach_div_(found, count.clamp_min(1 / world()))
     return found[:-1], found[-1]
+
+
+def never_empty(task: FeedbackTask, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, or where more processes share a batch than it has images one image without a valid label, which counts
+    for nothing."""
+    if len(images):
+        return images, labels
+    blank = IGNORE if task.kind == "seg" else 0
+    return images.new_zeros(1, *images.shape[1:]), labels.new_full((1, *labels.shape[1:]), blank)

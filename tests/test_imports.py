@@ -24,7 +24,11 @@ ONLY: dict[str, tuple[str, ...]] = {
     "slurm": ("cli",),
 }
 NEVER = {"eval": ("train",)}
-BENCHMARKS = ("dino_value.eval.overhead", "dino_value.eval.throughput")  # they time training itself
+BENCHMARKS = (
+    "dino_value.eval.overhead",
+    "dino_value.eval.throughput",
+    "dino_value.eval.communication",
+)  # they time training itself
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[str]:

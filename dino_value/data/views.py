@@ -228,7 +228,9 @@ class Draws(NamedTuple):
     def part(self, part: Part, views: int) -> Draws:
         """Those of a part of the batch, `views` of each image."""
         factors = {name: part.rows(values, views) for name, values in self.factors.items()}
-        own = {name: part.rows(values, views) for name, values in self._asdict().items() if isinstance(values, Tensor)}
+        own: dict[str, Any] = {
+            name: part.rows(values, views) for name, values in self._asdict().items() if isinstance(values, Tensor)
+        }
         return self._replace(**own, factors=factors)
 
 
