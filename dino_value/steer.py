@@ -387,7 +387,7 @@ class Steer:
         held = {task.kind: held_gradients(task, backbone, self.scope, self.device) for task in self.feedback}
         targets = [task for task in self.feedback if not task.guard]
         g_held = combine([mean_gradient(held[task.kind]) for task in targets], [task.weight for task in targets])
-        noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size)
+        noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size, self.part)
         gain = value_gain(
             self.task(views, temperature),
             self.task(views, temperature, designed=False),

@@ -8,12 +8,15 @@ is then evaluated for ViT-S, B, L and g (docs/scaling.md).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -51,9 +54,13 @@ MODELS = {
 }
 
 
-class Sizes(NamedTuple):
-    """Parameters of the learner (backbone and head), of S and of φ; widths; patches of a feedback image."""
+WORLDS = (1, 8, 16, 32, 64, 128, 256, 512)
 
+
+class Sizes(NamedTuple):
+    """Parameters of backbone, learner (with its head), S and φ; widths; patches of a feedback image."""
+
+    backbone: int
     learner: int
     scope: int
     designer: int
@@ -72,7 +79,7 @@ def volume(config: Config, sizes: Sizes, world: int = 2) -> tuple[Volume, Volume
     The learner's gradient counts as one operation, which DDP cuts into buckets of 25 MiB. Integers have 8 bytes.
     """
     f = config.feedback
-    labels = [size for path, size in ((config.data.ade20k, 8), (config.data.nyuv2, 4)) if path is not None]
+    labels = labels_of(config)
     fits, part = f.updates * len(labels), -(-f.batch_size // world)
     features = 4 * sizes.patches * sizes.width
     step = {
@@ -92,10 +99,64 @@ def volume(config: Config, sizes: Sizes, world: int = 2) -> tuple[Volume, Volume
     return step, update
 
 
+def labels_of(config: Config) -> list[int]:
+    """Bytes of a label of each feedback task: class numbers and metres."""
+    return [size for path, size in ((config.data.ade20k, 8), (config.data.nyuv2, 4)) if path is not None]
+
+
 def summed(parts: Volume) -> tuple[int, int]:
     """Operations and bytes in all."""
     calls, sizes = zip(*parts.values(), strict=True)
     return sum(calls), sum(sizes)
+
+
+class Machine(NamedTuple):
+    """What the model of docs/scaling.md assumes of a cluster; nothing of it is measured here."""
+
+    flops: float = 3.5e14  # that training reaches a second and GPU, bfloat16: 35 % of an H100's 989e12
+    inside: float = 3.0e11  # bytes a second and GPU that an all-reduce reaches within a machine (NVLink)
+    outside: float = 4.0e10  # and between machines: 80 % of one 400 Gb/s adapter a GPU
+    latency: float = 2.0e-5  # seconds of one hop
+    gpus: int = 8  # of a machine
+
+
+def reduce_seconds(calls: int, size: int, world: int, machine: Machine) -> float:
+    """Of all-reduces over `world` GPUs: a ring passes 2 (W − 1)/W of the bytes, a tree has 2 log₂ W hops."""
+    if world == 1:
+        return 0.0
+    rate = machine.inside if world <= machine.gpus else machine.outside
+    return 2 * (world - 1) / world * size / rate + calls * 2 * math.log2(world) * machine.latency
+
+
+def step_seconds(config: Config, sizes: Sizes, depth: int, world: int, machine: Machine) -> tuple[float, float]:
+    """A baseline step, and a value step on average over the r steps of an update, with the batches of `config`.
+
+    Floating-point operations: 2 a parameter and token, and 4 T² D a block for attention's products; a backward pass is
+    two forward passes. The reduction of θ's gradient overlaps with the backward pass, the others with nothing.
+    """
+    v, patch = config.views, round(config.feedback.size / math.sqrt(sizes.patches))
+
+    def forward(side: int) -> float:
+        tokens = (side // patch) ** 2 + 1
+        return 2.0 * sizes.backbone * tokens + 4 * depth * tokens**2 * sizes.width
+
+    large, small, labelled = (forward(side) for side in (v.global_size, v.local_size, config.feedback.size))
+    student, teacher = 2 * large + v.local_count * small, 2 * large
+    ahead, back = student + teacher, 2 * student
+    step, update = volume(config, sizes, world)
+
+    images = config.optim.batch_size / world
+    gradient = reduce_seconds(*step["gradient of θ"], world, machine)
+    calls, size = summed(step)
+    rest = reduce_seconds(calls - 1, size - step["gradient of θ"][1], world, machine)
+    plain = images * ahead / machine.flops + max(images * back / machine.flops, gradient) + rest
+
+    # The trunk there and back, three passes through the tail there and back, and both kinds of labelled batch.
+    tail = config.value.scope.blocks / depth
+    meta = config.value.batch_size * (student + teacher + student + 3 * 3 * tail * student)
+    feedback = config.feedback.batch_size * len(labels_of(config)) * labelled * (1 + config.feedback.updates + 2 * tail)
+    updating = (meta + feedback) / world / machine.flops + reduce_seconds(*summed(update), world, machine)
+    return plain, plain + updating / config.value.period
 
 
 def sizes_of(config: Config) -> Sizes:
@@ -109,7 +170,7 @@ def sizes_of(config: Config) -> Sizes:
     counts = [sum(value.numel() for value in module.parameters()) for module in (backbone, head, designer)]
     patches = (config.feedback.size // backbone.patch_size) ** 2
     in_scope = sum(value.numel() for value in scope.values())
-    return Sizes(counts[0] + counts[1], in_scope, counts[2], backbone.embed_dim, o.out_dim, patches)
+    return Sizes(counts[0], counts[0] + counts[1], in_scope, counts[2], backbone.embed_dim, o.out_dim, patches)
 
 
 @contextlib.contextmanager
@@ -169,6 +230,8 @@ def count(overrides: Sequence[str] = ()) -> dict[str, list[tuple[str, int]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description="Count what processes send each other, and set it beside what is expected.")
     parser.add_argument("--count", default="ViT-S/16", choices=MODELS, help="the model that two processes run")
+    for name, value in Machine()._asdict().items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help="of the model (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for dino-value train")
     arguments = parser.parse_args(argv)
@@ -178,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seen = count(small)
     config = load_config("rooms/cpu", [*SMALL, *small])
     table = Table("two processes", "counted", "bytes", "expected bytes")
-    found: dict[str, Any] = {"counted": seen, "expected": {}, "models": {}}
+    found: dict[str, Any] = {"counted": seen, "expected": {}, "models": {}, "scaling": {}}
+    configured: dict[str, tuple[Config, Sizes, int]] = {}
     for what, parts in zip(("step", "update"), volume(config, sizes_of(config)), strict=True):
         calls = [size for _, size in seen[what]]
         table.add_row(f"{arguments.count}, {what}", str(len(calls)), f"{sum(calls):,}", f"{summed(parts)[1]:,}")
@@ -192,9 +256,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         mean = summed(step)[1] + summed(update)[1] / config.value.period
         millions = [f"{count / 1e6:.2f} M" for count in (sizes.learner, sizes.scope, sizes.designer)]
         models.add_row(label, *millions, *(f"{size / 1e6:.1f}" for size in (summed(step)[1], summed(update)[1], mean)))
+        configured[label] = config, sizes, len(timm.create_model(timm_name, pretrained=False, device="meta").blocks)
         found["models"][label] = {"sizes": sizes._asdict(), "step": step, "update": update}
+    machine = Machine(**{name: getattr(arguments, name) for name in Machine._fields})
+    scaling = Table("images/s by the model", "batch", *(f"{world} GPUs" for world in WORLDS))
+    for label in MODELS:
+        config, sizes, depth = configured[label]
+        for each in (None, 32):  # the paper's batch, and one that grows with the GPUs
+            rows: dict[str, list[str]] = {"baseline": [], "value": []}
+            for world in WORLDS:
+                batch = config.optim.batch_size if each is None else each * world
+                if batch % world:
+                    rows = {name: [*row, "–"] for name, row in rows.items()}
+                    continue
+                meta = max(config.value.batch_size, world)
+                now = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=batch))
+                now.value = dataclasses.replace(config.value, batch_size=meta)
+                for name, seconds in zip(rows, step_seconds(now, sizes, depth, world, machine), strict=True):
+                    rows[name].append(f"{batch / seconds:,.0f}")
+            for name, row in rows.items():
+                scaling.add_row(f"{label}, {name}", "256" if each is None else f"{each} a GPU", *row)
+                found["scaling"][f"{label}, {name}, {each or 256}"] = row
     console = Console()
-    console.print(table, models)
+    console.print(table, models, scaling)
     if arguments.json:
         write_json(arguments.json, found)
     return EXIT_DONE
