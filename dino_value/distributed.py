@@ -240,34 +240,54 @@ class Meeting:
                 f"process {self.rank} of {count} ({self.host}): no store at {address}:{port} within {timeout:g} s "
                 f"({' '.join(str(error).split())[:160]}); was process 0 started there, and is the port free?"
             ) from None
+        self.timeout = timeout
         self.store.set(f"host/{self.rank}", self.host)
-        self._roll_call(timeout)
+        self._rule("roll", self._missing)
 
-    def _roll_call(self, timeout: float) -> None:
-        until = time.monotonic() + timeout
-        while True:
-            away = [other for other in range(self.count) if not self.store.check([f"host/{other}"])]
+    def _rule(self, name: str, find: Callable[[], str]) -> None:
+        """What process 0 finds wrong, all refuse: each asks for one answer, not for everyone's."""
+        if self.rank == 0:
+            self.store.set(name, find() or " ")
+        self.store.wait([name], timedelta(seconds=2 * self.timeout + 10))
+        said = self.store.get(name).decode().strip()
+        if said:
+            if self.keeps:
+                time.sleep(GRACE)  # until the others have read it
+            raise UserError(said)
+
+    def _missing(self) -> str:
+        away, until = list(range(self.count)), time.monotonic() + self.timeout
+        while time.monotonic() < until:
+            away = [other for other in away if not self.store.check([f"host/{other}"])]
             if not away:
-                return
-            if time.monotonic() > until:
-                few = ", ".join(map(str, away[:8])) + (" …" if len(away) > 8 else "")
-                raise UserError(
-                    f"{self.count - len(away)} of {self.count} processes came within {timeout:g} s; missing: {few}. "
-                    "Look at their logs, or raise distributed.timeout"
-                )
+                return ""
             time.sleep(0.05)
+        few = ", ".join(map(str, away[:8])) + (" …" if len(away) > 8 else "")
+        return (
+            f"{self.count - len(away)} of {self.count} processes came within {self.timeout:g} s; missing: {few}. "
+            "Look at their logs, or raise distributed.timeout"
+        )
 
     def compare(self, config: Config) -> None:
         """Raises:
-        UserError: another process was started with other settings; the first difference.
+        UserError: a process was started with other settings than process 0; the first differences.
         """
-        self.store.set(f"config/{self.rank}", json.dumps(_flat(dataclasses.asdict(config))))
-        first, *others = [json.loads(self.store.get(f"config/{other}")) for other in range(self.count)]
-        for other, settings in enumerate(others, 1):
-            unlike = [name for name in first if first[name] != settings.get(name) and name != "device"]
-            if unlike:
-                said = "; ".join(f"{name}: {first[name]} and {settings.get(name)}" for name in unlike[:4])
-                raise UserError(f"processes 0 and {other} have different settings ({said}); start all alike")
+        settings = _flat(dataclasses.asdict(config))
+        if self.rank == 0:
+            self.store.set("settings", json.dumps(settings))
+        first = json.loads(self.store.get("settings"))
+        unlike = [name for name in first if first[name] != settings.get(name) and name != "device"]
+        said = "; ".join(f"{name}: {first[name]} and {settings.get(name)}" for name in unlike[:4])
+        self.store.set(f"unlike/{self.rank}", said or " ")
+
+        def differing() -> str:
+            for other in range(1, self.count):
+                found = self.store.get(f"unlike/{other}").decode().strip()
+                if found:
+                    return f"processes 0 and {other} have different settings ({found}); start all alike"
+            return ""
+
+        self._rule("settings ruling", differing)
 
     def part(self) -> None:
         """The end that all reach together."""

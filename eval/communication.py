@@ -222,7 +222,7 @@ def _child(rank: int, overrides: list[str], folder: str) -> None:
 def count(overrides: Sequence[str] = ()) -> dict[str, list[tuple[str, int]]]:
     """The collectives of a learner's `step` and of a designer's `update`, of two processes on small embedded images."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_child, ([*SMALL, *overrides], folder), 2)
+        mp.start_processes(_child, ([*SMALL, *overrides], folder), 2, start_method="forkserver")
         seen: dict[str, list[tuple[str, int]]] = torch.load(Path(folder) / "seen.pt")
         return seen
 
