@@ -246,10 +246,13 @@ class Meeting:
 
     def _rule(self, name: str, find: Callable[[], str]) -> None:
         """What process 0 finds wrong, all refuse: each asks for one answer, not for everyone's."""
-        if self.rank == 0:
-            self.store.set(name, find() or " ")
-        self.store.wait([name], timedelta(seconds=2 * self.timeout + 10))
-        said = self.store.get(name).decode().strip()
+        try:
+            if self.rank == 0:
+                self.store.set(name, find() or " ")
+            self.store.wait([name], timedelta(seconds=2 * self.timeout + 10))
+            said = self.store.get(name).decode().strip()
+        except RuntimeError:
+            raise ProcessLost(f"process 0 of {self.count} ended before all had met; look at its log") from None
         if said:
             if self.keeps:
                 time.sleep(GRACE)  # until the others have read it
