@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from dino_value.errors import EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
+from dino_value.errors import EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, Interrupted, ProcessLost, UserError
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _GONE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.EHOSTDOWN}
@@ -44,7 +44,8 @@ def _short_warnings() -> Iterator[None]:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake) or 75 (stopped, resumable)."""
+    """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake), 1 (another process is
+    gone) or 75 (stopped, resumable)."""
     try:
         with _short_warnings():
             return command()
@@ -58,6 +59,9 @@ def exit_code(command: Callable[[], int]) -> int:
         advice = "the file system is gone" if error.errno in _GONE else "free space or choose another folder"
         print(f"error: {where}{error.strerror}; {advice}", file=sys.stderr)
         return EXIT_USER
+    except ProcessLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return EXIT_LOST
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return EXIT_RESUMABLE

@@ -130,7 +130,7 @@ def read_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # torn zip, foreign pickle: whatever it is, it is not ours
         reason = (str(error) or type(error).__name__).splitlines()[0]
         reason = "it holds more than weights" if "eights only" in reason else reason
-        raise UserError(f"{path}: not a readable checkpoint: {reason}; {FOREIGN}") from None
+        raise UserError(f"{path}: not a readable checkpoint of this program: {reason}; {FOREIGN}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint of this program (no tree of state); {FOREIGN}")
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,7 +123,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     folder = train(config, quiet=arguments.quiet, override=arguments.override)
-    print(folder)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(folder)
     return EXIT_DONE
 
 

@@ -140,7 +140,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    batch_size: int = 256
+    batch_size: int = 256  # of all processes together
     lr: float = 4.15e-6  # ADE20K ViT-B, later text
     lr_end: float = 0.0
     warmup: int = 1000
@@ -151,6 +151,7 @@ class OptimConfig:
     layer_decay: float = 1.0  # of lr, from one block to the block before it; 0.9 in DINOv2 (optim.layerwise_decay)
     patch_embed_lr_mult: float = 1.0  # of the patch embedding's lr, besides; 0.2 in DINOv2
     skip_nonfinite: int = 0  # steps whose loss or gradient is not finite that are left out; one more ends the run
+    accumulate: int = 1  # backward passes that share a step's batch, for less memory; docs/scaling.md
 
 
 @dataclass
@@ -263,6 +264,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class DistributedConfig:
+    """Several processes, started by torchrun or a cluster's launcher (docs/scaling.md)."""
+
+    timeout: float = 600.0  # seconds that processes wait for each other, at the start and in a step; NCCL's default
+
+
+@dataclass
 class Config:
     out: str = MISSING
     # or baseline; random: φ follows a random direction; adversarial: φ raises the loss (ADIOS, arXiv 2201.13100);
@@ -285,6 +293,7 @@ class Config:
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     @property
     def designs(self) -> bool:
@@ -330,6 +339,7 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "log_every": 1,
     "optim.batch_size": 2,
+    "optim.accumulate": 1,
     "value.period": 1,
     "value.batch_size": 2,
     "feedback.batch_size": 2,
@@ -397,6 +407,7 @@ _ABOVE_ZERO = {  # each with what the message says of it
     "objective.teacher_temp": "logits are divided by it; DINO uses 0.04",
     "objective.teacher_temp_start": "logits are divided by it; DINO uses 0.04",
     "optim.clip": "it is the largest gradient norm; inf clips nothing",
+    "distributed.timeout": "it is how many seconds processes wait for each other",
     "optim.layer_decay": "it multiplies the learning rate; 1 changes nothing, DINOv2 uses 0.9",
     "value.radius": "it is the step of the finite difference; null chooses it",
     "value.tolerance": "it is a relative error; the default is 5e-2",
@@ -473,6 +484,7 @@ def check(config: Config) -> Config:
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, float) and not math.isfinite(number) and (key, number) != ("optim.clip", math.inf):
                 raise UserError(f"{key}={value}: must be finite")
+    _check_accumulate(config)
     _check_koleo(config)
     for key, least in _AT_LEAST.items():
         if get(key) < least:
@@ -585,9 +597,17 @@ def _check_objective(config: Config) -> None:
         )
 
 
+def _check_accumulate(config: Config) -> None:
+    size, passes = config.optim.batch_size, config.optim.accumulate
+    if passes > 1 and size % passes:
+        raise UserError(
+            f"optim.accumulate={passes} passes cannot share optim.batch_size={size} equally; choose a divisor of it"
+        )
+
+
 def _check_koleo(config: Config) -> None:
     """Before the bounds, whose message would not say why."""
-    sizes = {"optim.batch_size": config.optim.batch_size}
+    sizes = {"optim.batch_size": config.optim.batch_size // max(1, config.optim.accumulate)}
     if config.designs:
         sizes["value.batch_size"] = config.value.batch_size
     for key, size in sizes.items():

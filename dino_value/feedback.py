@@ -13,10 +13,12 @@ from dino_value.config import Config, TaskConfig
 from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, Shuffled, open_labelled, split_by_group
 from dino_value.data.sampling import Cursor, Stream, key
 from dino_value.data.splits import split_apart, split_record
+from dino_value.distributed import gather, own_part, world
 from dino_value.errors import UserError
-from dino_value.heads import LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
+from dino_value.heads import IGNORE, LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
 from dino_value.optim import FiniteGuard
-from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, mean_gradient
+from dino_value.parts import WHOLE
+from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, average, mean_gradient
 
 LAYOUTS: dict[str, Layout] = {"seg": "ade20k", "depth": "nyuv2"}
 
@@ -54,13 +56,13 @@ class FeedbackTask:
             data = LabelledDataset(source, indices, size=size, flip=True)
             # All of a pool smaller than a batch is a batch, but for the heads, whose batch norm wants what it was told.
             batch = config.feedback.batch_size if name == "train" else min(config.feedback.batch_size, len(indices))
-            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers)
+            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers, own_part())
 
         self.train_stream, self.meta_stream = stream("train", self.train_indices), stream("meta", self.meta_indices)
         if isinstance(
             self.head, LinearBNDepthHead
         ):  # from the mean depth, which would take thousands of steps to learn
-            depths = self.train_stream.batch(0)[1]
+            depths = self.train_stream.batch(0, WHOLE)[1]
             if (depths > 0).any():
                 self.head.start_at(float(depths[depths > 0].mean()))
         self.head.to(device)
@@ -147,14 +149,20 @@ def evaluation_split(kind: str, path: str) -> LabelledSource | None:
 
 
 def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:
-    """One step of the head on a head-train batch, the backbone frozen; returns the loss, detached."""
+    """One step of the head on a head-train batch, the backbone frozen; returns the loss, detached.
+
+    Each process runs the backbone on its part of the batch. The head's own step, little work, every process takes on
+    all of it: its batch norm sees the whole batch, and the heads stay equal.
+    """
     images, labels = (part.to(device, non_blocking=True) for part in task.train.next())
     number = task.train.count - 1
     with torch.no_grad():
-        features = backbone(backbone.normalise(images))
+        features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
+    size = task.train_stream.batch_size
+    patches, labels = gather(features.patches[: len(labels)].float(), size), gather(labels, size)
     task.head.train()
     with torch.autocast(device.type, enabled=False):
-        loss = task.loss(features.patches.float(), features.grid, labels)
+        loss = task.loss(patches, features.grid, labels)
     task.optimizer.zero_grad()
     loss.backward()
 
@@ -197,8 +205,11 @@ def held_gradients(task: FeedbackTask, backbone: Backbone, scope: Scope, device:
 def batch_gradient(
     task: FeedbackTask, batch: tuple[Tensor, ...], backbone: Backbone, scope: Scope, device: torch.device
 ) -> tuple[Gradient, Tensor]:
-    """∇_{θ_S} L_down on one labelled batch, and the loss; both detached. The head is in inference mode."""
-    images, labels = (part.to(device, non_blocking=True) for part in batch)
+    """∇_{θ_S} L_down on one labelled batch, and the loss; both detached. The head is in inference mode.
+
+    Of several processes each has its part, and all get the whole batch's: L_down is a mean over valid pixels.
+    """
+    images, labels = never_empty(task, *(part.to(device, non_blocking=True) for part in batch))
     views = backbone.normalise(images)
     task.head.eval()
     leaves = {name: value.requires_grad_() for name, value in scope.parameters(backbone).items()}
@@ -207,7 +218,21 @@ def batch_gradient(
     with torch.autocast(device.type, enabled=False):
         features = functional_call(backbone, leaves, (state,), {"start": scope.start or 0})
         loss = task.loss(features.patches, features.grid, labels)
-    return list(torch.autograd.grad(loss, list(leaves.values()))), loss.detach()
+    found = [*torch.autograd.grad(loss, list(leaves.values())), loss.detach()]
+    if world() > 1:
+        valid = (labels != IGNORE if task.kind == "seg" else labels > 0).sum().to(loss.dtype)
+        *found, count = average([*torch._foreach_mul(found, valid), valid])
+        torch._foreach_div_(found, count.clamp_min(1 / world()))
+    return found[:-1], found[-1]
+
+
+def never_empty(task: FeedbackTask, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, or where more processes share a batch than it has images one image without a valid label, which counts
+    for nothing."""
+    if len(images):
+        return images, labels
+    blank = IGNORE if task.kind == "seg" else 0
+    return images.new_zeros(1, *images.shape[1:]), labels.new_full((1, *labels.shape[1:]), blank)
 
 
 class Labels:

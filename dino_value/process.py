@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dino_value.config import Config
+from dino_value.distributed import own_device
 from dino_value.errors import UserError
 
 
@@ -20,7 +21,8 @@ def choose_device(name: str) -> torch.device:
         UserError: a device that is not here.
     """
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        device = torch.device(own_device(name))
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"device={name}: choose cpu, cuda, cuda:1, … or auto")
         torch.empty(0, device=device)

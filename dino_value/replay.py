@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from dino_value import distributed
 from dino_value.checkpoint import read_state, write_state
 from dino_value.config import Config, load_config
 from dino_value.errors import UserError
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 def save_replay(folder: Path, run: Run, refused: NotFinite) -> str:
     """Write RUN/nonfinite/step_N.pt; the command that replays it, or why it could not be written."""
+    if distributed.world() > 1:
+        return "a step of several processes is not kept: run it in one to replay it"
     step, batch = refused.evidence or (run.step, run.batch)
     state = run.state_dict() | {"step": step}
     if run.steer is not None:

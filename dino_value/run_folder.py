@@ -89,7 +89,7 @@ _OURS = {
     "report_figures",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.
-_FREE = {"out", "device", "log_every", "data.workers", "optim.skip_nonfinite"} | {
+_FREE = {"out", "device", "log_every", "data.workers", "distributed.timeout", "optim.skip_nonfinite"} | {
     f"health.{item.name}" for item in fields(HealthConfig)
 }
 

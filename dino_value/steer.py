@@ -18,11 +18,14 @@ from dino_value.checkpoint import load_checkpoint, snapshot
 from dino_value.config import Config, packaged
 from dino_value.data.sampling import Cursor, Source, Stream, generator, key
 from dino_value.designers import DESIGNERS, AttentionMasks, RandomMasks, sparsity, total_variation
+from dino_value.distributed import from_first, own_part
 from dino_value.errors import UserError
 from dino_value.feedback import downstream_gradient, fit_head, held_gradients, open_feedback
+from dino_value.objectives.collectives import alone
 from dino_value.objectives.interface import Draw, Objective, Parts, State
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.optim import FiniteGuard
+from dino_value.parts import WHOLE, Part
 from dino_value.steps import Learner, SSLTask, Tail, Views, constant, design_views, make_views
 from dino_value.track import Meters
 from dino_value.value import (
@@ -37,6 +40,7 @@ from dino_value.value import (
     ValueStep,
     adam,
     alignment,
+    average,
     best_of,
     check_engine,
     check_method,
@@ -77,6 +81,7 @@ class Steer:
         autocast: Callable[[], torch.autocast],
     ) -> None:
         self.config, self.guard, self.meters, self.autocast = config, guard, meters, autocast
+        self.part = own_part()
         self.device = device = next(student.parameters()).device
         self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
         backbone = student.backbone
@@ -102,6 +107,7 @@ class Steer:
             config.seed,
             "meta unlabeled",
             workers,
+            self.part,
         )
         self.meta = Cursor(self.meta_stream)
         self.updates = 0
@@ -120,7 +126,8 @@ class Steer:
         if self.designer is None or step < self.config.value.burn_in:
             return views
         torch.manual_seed(key(self.config.seed, "masks", step))  # of masks that are drawn
-        learned, masks = design_views(self.designer, views, self.config.designer, key(self.config.seed, "fill", step))
+        seed = key(self.config.seed, "fill", step)
+        learned, masks = design_views(self.designer, views, self.config.designer, seed, self.part)
         self.meters.add(mask_mean=masks.mean())
         return learned
 
@@ -217,7 +224,9 @@ class Steer:
         gradients = {kind: gradient for kind, (gradient, _) in found.items()}
         g_down = self._g_down(gradients)
         direction = self._direction({kind: gradients[kind] for kind in self.guards})
-        views = make_views(backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number)
+        views = make_views(
+            backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number, self.part
+        )
         task = self._task(views, temperature, self.designer)
         parameters = self.scope.parameters(backbone)
         if number == 0:
@@ -227,7 +236,7 @@ class Steer:
             hidden = task.trunk()
         metrics = {f"loss_{kind}": loss for kind, (_, loss) in found.items()}
         if self.designer_optimizer is None:
-            g_pre = pre_gradient(task, hidden, parameters)
+            g_pre = average(pre_gradient(task, hidden, parameters))
             direction(g_down, g_pre)
             metrics |= ValueStep.of(g_down, g_pre)._asdict()
         else:
@@ -329,11 +338,18 @@ class Steer:
             task.weigh = lambda *arguments: self._weights(*arguments)[0]
         return task
 
-    def _task(self, views: Views, temperature: float, designer: nn.Module | None, seed: int | None = None) -> SSLTask:
+    def _task(
+        self,
+        views: Views,
+        temperature: float,
+        designer: nn.Module | None,
+        seed: int | None = None,
+        part: Part | None = None,
+    ) -> SSLTask:
         seed = key(self.config.seed, "meta fill", self.updates) if seed is None else seed
-        return SSLTask(
-            self.student, self.teacher, self.loss, temperature, designer, views, self.config.designer, self.scope, seed
-        )
+        part = self.part if part is None else part
+        d, scope = self.config.designer, self.scope
+        return SSLTask(self.student, self.teacher, self.loss, temperature, designer, views, d, scope, seed, part)
 
     def _engine(self) -> Engine:
         assert self.engine_name is not None
@@ -352,14 +368,23 @@ class Steer:
         Raises:
             UserError: no.
         """
-        tolerance = self.config.value.tolerance
         for kind, gradient in gradients.items():
             with refusing(f"feedback.{kind}"):
                 check_start(gradient)
         if self.designer is None or self.designer_optimizer is None:
             return
-        task, phi = self._task(views.first(CHECK_IMAGES), temperature, self.designer), list(self.designer.parameters())
-        with refusing("value.engine"):
+        found = from_first(lambda: self._choose(views.first(CHECK_IMAGES), temperature, parameters, g_down))
+        self.engine_name, self.radius, note = found
+        self.notes.append(note)
+
+    def _choose(
+        self, views: Views, temperature: float, parameters: dict[str, Tensor], g_down: Gradient
+    ) -> tuple[str | None, float, str]:
+        """Engine and radius, and what to say of them; of these images alone, whatever other processes do."""
+        assert self.designer is not None
+        tolerance, phi = self.config.value.tolerance, list(self.designer.parameters())
+        task = self._task(views, temperature, self.designer, part=WHOLE)
+        with refusing("value.engine"), alone():
             if self.config.value.radius is None and self.engine_name != "double_backward":
                 self.radius, _ = choose_radius(task, parameters, g_down, phi)
             if self.engine_name is None:
@@ -369,7 +394,8 @@ class Steer:
         with refusing("designer"):
             check_start(g_down, task.masks)
         at = f" at radius {self.radius:.0e}" if self.engine_name == "finite_difference" else ""
-        self.notes.append(f"engine {self.engine_name}{at}: relative error {error:.1e} on {task.views.batch} images")
+        note = f"engine {self.engine_name}{at}: relative error {error:.1e} on {task.views.batch} images"
+        return self.engine_name, self.radius, note
 
     def _watch(self, step: int, number: int, metrics: dict[str, Tensor]) -> None:
         """Have the guard refuse the next step of φ, or without φ of the learner, if a term is not finite."""
@@ -391,7 +417,7 @@ class Steer:
         held = {task.kind: held_gradients(task, backbone, self.scope, self.device) for task in self.feedback}
         targets = [task for task in self.feedback if not task.guard]
         g_held = combine([mean_gradient(held[task.kind]) for task in targets], [task.weight for task in targets])
-        noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size)
+        noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size, self.part)
         gain = value_gain(
             self.task(views, temperature),
             self.task(views, temperature, designed=False),
@@ -404,9 +430,10 @@ class Steer:
             metrics |= {f"held_value_{name}": found.value, f"held_cosine_{name}": found.cosine}
         metrics |= {f"split_half_{kind}": split_half(parts) for kind, parts in held.items() if len(parts) > 1}
         if self.designer is not None and self.designer_optimizer is not None:
-            few = self._task(views.first(CHECK_IMAGES), temperature, self.designer)
+            few = self._task(views.first(CHECK_IMAGES), temperature, self.designer, part=WHOLE)
             phi = list(self.designer.parameters())
-            error = engine_error(few, parameters, g_held, phi, self._engine())
+            with alone():  # of several processes, the mean of their errors is logged
+                error = engine_error(few, parameters, g_held, phi, self._engine())
             metrics["engine_error"] = torch.tensor(error, device=self.device)
         if len(gradients) > 1:
             metrics["task_cosine"] = task_alignment(gradients)[0, 1]

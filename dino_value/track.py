@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from dino_value.files import write_text
+from dino_value.value import average
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -36,8 +37,13 @@ class Meters:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def average(self) -> None:
+        """Replace the sums by their means over processes; to call on all of them."""
+        self._sums = dict(zip(self._sums, average(list(self._sums.values())), strict=True))
+
     def read(self) -> dict[str, float]:
-        """The means since the last reading, in one transfer; empties the meters."""
+        """The means since the last reading, over processes too, in one transfer; empties the meters."""
+        self.average()
         if not self._sums:
             return {}
         names = list(self._sums)

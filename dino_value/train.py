@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_value import distributed
 from dino_value.backbones import WEIGHTS_NAME, backbone_weights, create_backbone, save_backbone, write_weights
 from dino_value.checkpoint import (
     FOREIGN,
@@ -37,6 +38,7 @@ from dino_value.feedback import FeedbackTask, Labels
 from dino_value.files import write_json
 from dino_value.health import Checkup, CollapseWatch, Event
 from dino_value.linear import choose_matmul, use_onednn
+from dino_value.objectives.interface import Draw, Parts
 from dino_value.optim import (
     Evidence,
     FiniteGuard,
@@ -45,12 +47,14 @@ from dino_value.optim import (
     linear_schedule,
     parameter_groups,
 )
+from dino_value.parts import WHOLE
 from dino_value.process import choose_device, stop_requests, use_bfloat16
 from dino_value.replay import save_replay
 from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.steer import Steer, not_finite
-from dino_value.steps import Learner, build_objective, make_views, update_teacher
+from dino_value.steps import Learner, Views, build_objective, make_views, update_teacher
 from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
+from dino_value.value import average
 from dino_value.weights import fit_positions, load_head
 
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
@@ -66,42 +70,52 @@ def train(config: Config, quiet: bool = False, override: bool = False) -> Path:
     Raises:
         UserError: bad data, weights or settings; a loss that is not finite.
         Interrupted: a signal asked to stop; everything is saved.
+        ProcessLost: another of several processes is gone.
     """
-    with stop_requests() as stopping:
-        return _train(config, quiet, override, stopping)
+    with distributed.joined(config), stop_requests() as stopping:
+        return _train(config, quiet or not distributed.is_first(), override, stopping)
 
 
 def _train(config: Config, quiet: bool, override: bool, stopping: Callable[[], bool]) -> Path:
-    folder = Path(config.out)
-    newest = latest_checkpoint(folder / "checkpoints")
+    folder, first = Path(config.out), distributed.is_first()
+    newest = distributed.from_first(lambda: latest_checkpoint(folder / "checkpoints"))
     run = Run(config)
-    checkup = Checkup(config) if config.health.every else None
+    checkup = Checkup(config) if config.health.every and first else None
     if newest is None and config.start_from is not None:
         run.start_from(load_checkpoint(packaged(config.start_from)))
     if newest is None and config.objective.head is not None:
         run.start_head(config.objective.head)
     # After all that may refuse: a mistake leaves no folder behind.
-    changed = prepare_folder(config, folder, override)
+    changed = distributed.from_first(lambda: prepare_folder(config, folder, override))
     warnings = [f"other settings from here on: {'; '.join(changed)}"] if changed else []
     if newest is not None:
-        state, damaged = newest_whole(folder / "checkpoints")
-        run.resume(state)
-        warnings += damaged
-        if not (folder / WEIGHTS_NAME).exists():
+        state: dict[str, Any] = {}
+
+        def look() -> list[str]:
+            nonlocal state
+            state, damaged = newest_whole(folder / "checkpoints")
+            return damaged
+
+        warnings += distributed.from_first(look)
+        run.resume(state or load_checkpoint(folder))
+        if first and not (folder / WEIGHTS_NAME).exists():
             run.save_weights(folder)
-    for text in warnings:
+    for text in warnings if first else ():
         print(f"warning: {text}", file=sys.stderr)
     if run.step >= config.steps:
         return folder
-    record_environment(folder, environment(config.seed, run.device) | ({"changed": changed} if changed else {}))
-    if run.feedback:
-        write_json(folder / "splits.json", {task.kind: task.splits() for task in run.feedback})
-    if stopping():
+    metrics: MetricsFile | None = None
+    if first:
+        found = environment(config.seed, run.device) | {"processes": distributed.world()}
+        record_environment(folder, found | ({"changed": changed} if changed else {}))
+        if run.feedback:
+            write_json(folder / "splits.json", {task.kind: task.splits() for task in run.feedback})
+    if distributed.anywhere(stopping()):
         raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
-
-    metrics = MetricsFile(folder, run.step)
-    for text in warnings:
-        metrics.write(run.step, {"event": "resumed", "message": text})
+    if first:
+        metrics = MetricsFile(folder, run.step)
+        for text in warnings:
+            metrics.write(run.step, {"event": "resumed", "message": text})
     clock = Clock()
     with Reporter(config.method, config.steps, run.step, quiet) as reporter, run.evidence(folder):
         for large, small in clock.waiting(run.stream.iterate(run.step, config.steps)):
@@ -115,30 +129,32 @@ def _train(config: Config, quiet: bool, override: bool, stopping: Callable[[], b
                 values |= checkup.measure(run.teacher.backbone, getattr(run.loss, "center", None))
             if run.step % config.log_every == 0 or last:
                 run.guard.check(wait=True)
-            for event in run.take_events():
-                metrics.write(run.step, {"event": event.kind, "message": event.text})
-                reporter.warn(event.text)
+            events = run.take_events()
             if run.step % config.log_every == 0 or last:
                 values |= run.meters.read() | run.schedules(run.step - 1) | clock.read(config.optim.batch_size)
                 if isinstance(run.stream.source, SkippingViews):
                     values["unreadable"] = run.stream.source.unreadable
             if values:
                 run.best.see(values)
+            if values and metrics is not None:
                 metrics.write(run.step, values)
                 reporter.say(run.step, values)
-                for event in run.collapse.judge(run.step, values):
+                events += run.collapse.judge(run.step, values)
+            if metrics is not None:
+                for event in events:
                     metrics.write(run.step, {"event": event.kind, "message": event.text})
                     reporter.warn(event.text)
-            if run.step % config.checkpoint.every == 0 or last:
+            stop, due = distributed.anywhere(stopping()), run.step % config.checkpoint.every == 0 or last
+            if due:
                 run.best.judge(run.step)
+            if due or stop:
                 run.save(folder)
-            elif stopping():
-                run.save(folder)
-            if stopping() and not last:
+            if stop and not last:
                 run.writer.wait()
                 raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
         run.writer.wait()
-    metrics.close()
+    if metrics is not None:
+        metrics.close()
     return folder
 
 
@@ -146,7 +162,7 @@ class Run:
     """Everything that must survive a kill, and the two updates of Algorithm 1."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.step = config, 0
+        self.config, self.step, self.part = config, 0, distributed.own_part()
         self.device = choose_device(config.device)
         self.autocast = functools.partial(
             torch.autocast, self.device.type, torch.bfloat16, use_bfloat16(config, self.device)
@@ -170,6 +186,7 @@ class Run:
             for part in (self.student, self.loss):
                 use_onednn(part)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.whole = distributed.shared(self.student)
         groups = parameter_groups(self.student, config.optim.layer_decay, config.optim.patch_embed_lr_mult)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
 
@@ -203,36 +220,32 @@ class Run:
                 count = config.views.local_count * config.designer.candidates
                 drawn = dataclasses.replace(config.views, local_count=count)
                 sources = open_views(config.data.unlabeled, drawn, in_memory, skip)
-        self.stream = Stream(sources, config.optim.batch_size, config.seed, "unlabeled", workers)
+        self.stream = Stream(sources, config.optim.batch_size, config.seed, "unlabeled", workers, self.part)
 
     def learner_update(self, large: Tensor, small: Tensor) -> None:
-        """One step of Algorithm 1 on an unlabeled batch, uint8 [2 B 3 H W] and [N B 3 h w]."""
+        """One step of Algorithm 1 on an unlabeled batch, or this process's part of it, uint8 [2 B 3 H W] and
+        [N B 3 h w]."""
         if self.labels is not None:
             return self.supervised_update(self.labels)
         config, steer, self.batch = self.config, self.steer, (large, small)
         backbone, temperature = self.student.backbone, self.teacher_temperature()
-        views = make_views(backbone, (large, small), config.views, self.device, config.seed, "learner", self.step)
+        views = make_views(
+            backbone, (large, small), config.views, self.device, config.seed, "learner", self.step, self.part
+        )
         self.loss.begin(self.step, self.teacher)
         if steer is not None:
             steer.update_if_due(self.step, temperature)
         start = 0 if steer is None else steer.scope.start
-        draw = self.loss.draw(views.large, backbone.patch_size, generator(config.seed, "objective", self.step))
+        drawing = generator(config.seed, "objective", self.step)
+        draw = self.loss.draw(views.large, backbone.patch_size, drawing, self.part)
         with torch.no_grad(), self.autocast():
             learned = views if steer is None else steer.learned_views(views, self.step)
             seen = learned if config.designer.teacher_views == "masked" else views
             targets, logits = self.loss.teach(self.teacher, seen.large, temperature, draw)
             learned = learned if steer is None else steer.chosen_views(learned, targets)
         # Stochastic depth is a function of the step, like the data, and the same in every arm.
-        torch.manual_seed(key(config.seed, "step", self.step))
-        # A context of its own: autocast would go on using the casts of weights that it made without a graph.
-        with self.autocast():
-            states = self.loss.states(self.student, learned, start, draw)
-            weights = None if steer is None else steer.term_weights(states, targets, draw)
-            terms = self.loss.losses(self.student, states, targets, start, draw)
-            parts = self.loss.parts(terms, draw, weights)
-            loss = self.loss.total(parts)
-        self.optimizer.zero_grad()
-        loss.backward()
+        torch.manual_seed(key(config.seed, "step", self.step, *([self.part.rank] if self.part != WHOLE else [])))
+        loss, parts = self.backward(learned, targets, draw, start)
         if self.step < config.objective.freeze_last_layer:
             self.student.zero_last_layers()
         if self.step < config.optim.freeze_backbone:
@@ -251,6 +264,31 @@ class Run:
         if not skipped:
             self.meters.add(loss=loss, **named, gradient_norm=gradient_norm, **self.loss.watch(targets))
         self.step += 1
+
+    def backward(self, views: Views, targets: Parts, draw: Draw, start: int | None) -> tuple[Tensor, Parts]:
+        """The loss and, of this process, its parts; its gradient is left in the student, taken in
+        `optim.accumulate` passes over equal parts of the batch."""
+
+        def parts_of(student: Learner, views: Views, targets: Parts, draw: Draw) -> Parts:
+            states = self.loss.states(student, views, start, draw)
+            weights = None if self.steer is None else self.steer.term_weights(states, targets, draw)
+            return self.loss.parts(self.loss.losses(student, states, targets, start, draw), draw, weights)
+
+        passes = WHOLE.split(self.config.optim.accumulate)
+        found: list[tuple[Tensor, Parts]] = []
+        self.optimizer.zero_grad()
+        for part in passes:
+            own = (targets, draw) if part == WHOLE else self.loss.cut(targets, draw, part)
+            with distributed.reduced(self.whole, last=part == passes[-1]):
+                # A context of its own: autocast would go on using the casts of weights that it made without a graph.
+                with self.autocast():
+                    parts = self.whole(parts_of, views.part(part), *own)
+                    loss = self.loss.total(parts)
+                (loss / len(passes)).backward()
+            found.append((loss.detach(), {name: value.detach() for name, value in parts.items()}))
+        losses, many = zip(*found, strict=True)
+        mean = {name: torch.stack([parts[name] for parts in many]).mean(0) for name in many[0]}
+        return average([torch.stack(losses).mean(0)])[0], mean
 
     def supervised_update(self, labels: Labels) -> None:
         """A step on labels alone, with the learner's optimizer, schedules and average: what the labels are worth if
@@ -380,6 +418,9 @@ class Run:
     def save(self, folder: Path) -> None:
         """A checkpoint, and the teacher's backbone as timm-keyed weights."""
         self.guard.check(wait=True)
+        self.meters.average()  # what process 0 saves is what all go on with
+        if not distributed.is_first():
+            return
         c, step, best = self.config.checkpoint, self.step, self.best.step
         tensors, header = backbone_weights(self.teacher.backbone, {"step": str(step)})
         state = self.state_dict()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_value.errors import UserError
+from dino_value.parts import WHOLE, Part
 
 Kind = Literal["seg", "depth", "classes"]
 Layout = Literal["ade20k", "nyuv2", "imagefolder"]
@@ -215,10 +216,12 @@ class LabelledDataset:
             target = target.flip(-1) if dense else target
         return image, target
 
-    def batch(self, positions: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B 3 h w] and targets [B …] at these positions, drawn with `seed`."""
-        images, targets = zip(*(self[position, seed] for position in positions), strict=True)
-        return torch.stack(images), torch.stack(targets)
+    def batch(self, positions: Sequence[int], seed: int = 0, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B 3 h w] and targets [B …] at these positions, or a part of them, drawn with `seed`."""
+        own = positions[part.of(len(positions))]
+        # Of an empty part the shapes are still asked for.
+        images, targets = zip(*(self[position, seed] for position in own or positions[:1]), strict=True)
+        return torch.stack(images)[: len(own)], torch.stack(targets)[: len(own)]
 
 
 def _coin(index: int, seed: int) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_value.errors import UserError
+from dino_value.parts import WHOLE, Part
 
 
 def key(seed: int, *parts: int | str) -> int:
@@ -37,26 +38,34 @@ def generator(seed: int, *parts: int | str) -> torch.Generator:
 
 
 class Source(Protocol):
-    """Items drawn by position; whatever is random about them follows from `key`."""
+    """Items drawn by position; whatever is random about them follows from `key`. Of a `part`, they are its items of
+    the batch as it is when drawn whole."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, ...]: ...
+    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, ...]: ...
 
 
 class Stream:
     """An endless, shuffled, resumable stream of batches; each pass visits every item once (the remainder is dropped).
 
+    Args:
+        batch_size: of all processes together.
+        part: this process's of every batch.
+
     Raises:
         UserError: fewer items than a batch.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0, part: Part = WHOLE
+    ) -> None:
         if len(source) < batch_size:
             raise UserError(
                 f"{name}: {len(source)} images are fewer than a batch of {batch_size}; lower the batch size"
             )
         self.source, self.batch_size, self.seed, self.name, self.workers = source, batch_size, seed, name, workers
+        self.part = part
         self.per_epoch = len(source) // batch_size
 
     def indices(self, step: int) -> Tensor:
@@ -70,9 +79,11 @@ class Stream:
         batch = self.indices(step).tolist()
         return f"Batch {step} of {self.name}: images {batch[:8]}{' …' if len(batch) > 8 else ''} of the sorted list"
 
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        """Batch `step`, made here and now."""
-        return self.source.batch(self.indices(step).tolist(), key(self.seed, self.name, "batch", step))
+    def batch(self, step: int, part: Part | None = None) -> tuple[Tensor, ...]:
+        """Batch `step`, or this part of it, made here and now."""
+        positions, drawn = self.indices(step).tolist(), key(self.seed, self.name, "batch", step)
+        part = self.part if part is None else part
+        return self.source.batch(positions, drawn) if part == WHOLE else self.source.batch(positions, drawn, part)
 
     def iterate(self, start: int, stop: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches start … stop − 1, prepared ahead by `workers` processes where there are any."""
