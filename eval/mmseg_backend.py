@@ -270,6 +270,7 @@ def build_runner(backbone: Backbone, data: Pair, options: SegOptions, folder: Pa
             test_cfg=config.test_cfg,
             test_evaluator=config.test_evaluator,
             default_hooks=config.default_hooks,
+            custom_hooks=config.custom_hooks,
             log_processor=config.log_processor,
             default_scope="mmseg",
             randomness={"seed": options.seed},

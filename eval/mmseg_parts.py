@@ -60,7 +60,7 @@ with without_compiled_ops():
     from mmseg.datasets import ADE20KDataset
     from mmseg.evaluation import IoUMetric
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-    from mmseg.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+    from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
 
 
 @MODELS.register_module()
@@ -241,10 +241,16 @@ class ExactIoU(IoUMetric):
         }
 
 
+@HOOKS.register_module()
+class PlainCheckpoint(Hook):
+    """Keeps mmengine's log out of checkpoints: torch.load refuses its classes (weights only, torch 2.6 and later)."""
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
+
+
 class Watch(Hook):
     """Tells the progress, and ends a training by a checkpoint when asked to; after all other hooks.
-
-    Checkpoints are kept free of mmengine's log, whose classes torch.load does not read (weights only).
 
     Args:
         progress: gets the number of steps done.
@@ -253,9 +259,6 @@ class Watch(Hook):
 
     def __init__(self, progress: Callable[[int], None], stopping: Callable[[], bool]) -> None:
         self.progress, self.stopping = progress, stopping
-
-    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        checkpoint["message_hub"] = {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}}
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         step = runner.iter + 1

@@ -6,7 +6,7 @@ As published for linear probes of DINOv2 (arXiv 2304.07193, appendix B.2): image
 """
 
 default_scope = "mmseg"
-# Registers the backbone, the head, the data set and the metric; without compiled mmcv ops too.
+# Registers what is ours below; imports mmsegmentation without compiled mmcv ops.
 custom_imports = dict(imports=["dino_value.eval.mmseg_parts"], allow_failed_imports=False)
 
 data_root = "data/ADEChallengeData2016"
@@ -78,4 +78,5 @@ default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50, log_metric_by_epoch=False),
     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2_000, max_keep_ckpts=1),
 )
+custom_hooks = [dict(type="PlainCheckpoint")]
 log_processor = dict(by_epoch=False)

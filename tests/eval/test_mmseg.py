@@ -294,10 +294,10 @@ model = dict(
     decode_head=dict(in_channels=[48], channels=48, num_classes=4, out_channels=4),
     test_cfg=dict(crop_size=size, stride=(16, 16)),
 )
-train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(
-    data_root="{data}", img_suffix=".png",
-    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]))
-test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(data_root="{data}", img_suffix=".png"))
+steps = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
+data = dict(data_root="{data}", img_suffix=".png", pipeline=steps)
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=data)
+test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=data)
 train_cfg = dict(max_iters=2, val_interval=3)
 work_dir = "{work}"
 """
@@ -317,6 +317,8 @@ def test_a_users_own_config_runs(parts: ModuleType, weights: Path, squares: Path
         runner.train()
         assert 0 <= runner.test()["miou"] <= 1
     assert runner.iter == 2
+    saved = torch.load(tmp_path / "work" / "iter_2.pth", weights_only=True)
+    assert "decode_head.head.classify.weight" in saved["state_dict"]
     assert isinstance(runner.model.backbone, parts.DinoValueBackbone)
 
 
