@@ -45,8 +45,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], part: str = "teacher") -> dict[str, Any]:
     """The state tree of a checkpoint, or of a run folder's newest one; weights-only, never executed.
+
+    Args:
+        part: what such a checkpoint must have.
 
     Raises:
         UserError: nothing there, or not a readable checkpoint.
@@ -64,6 +67,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except Exception as error:  # torn zip, foreign pickle: whatever it is, it is not ours
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
-    if not isinstance(state, dict) or "teacher" not in state:
-        raise UserError(f"{path}: not a checkpoint of this program (it has no teacher)")
+    if not isinstance(state, dict) or part not in state:
+        raise UserError(f"{path}: not a checkpoint of this program (it has no {part})")
     return state
