@@ -42,7 +42,7 @@ class LoRAConfig:
     """Low-rank weights on every linear projection (peft)."""
 
     rank: int = 8  # 0 trains all weights
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.05
 
 

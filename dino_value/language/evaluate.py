@@ -35,10 +35,12 @@ KS = (1, 2, 4, 8, 16)
 
 
 class Interval(NamedTuple):
+    """A mean over `number` examples, and its 95 % interval."""
+
     mean: float
     low: float
     high: float
-    count: int
+    number: int
 
 
 def answer_loss(learner: Learner, examples: ExampleSet) -> Interval:
@@ -81,7 +83,8 @@ def mean_interval(values: Sequence[float], resamples: int = 2000, seed: int = 0)
     """A mean over problems and its percentile bootstrap interval."""
     array, rng = np.array(values), np.random.default_rng(seed)
     means = array[rng.integers(len(array), size=(resamples, len(array)))].mean(1)
-    return Interval(float(array.mean()), *map(float, np.quantile(means, [0.025, 0.975])), len(array))
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    return Interval(float(array.mean()), low, high, len(array))
 
 
 def few_shot(examples: Sequence[Example], shots: int, seed: int, number: int) -> str:
@@ -166,7 +169,7 @@ class Choice(NamedTuple):
 
 
 def read_choices(path: str, limit: int | None) -> list[Choice]:
-    """MMLU's records: `question`, `choices` (a list) or A, B, C, D, `answer` (a letter or a position from 0), `subject`.
+    """MMLU's records: `question`; `choices` (a list) or A, B, C, D; `answer`, a letter or a position from 0; `subject`.
 
     Raises:
         UserError: a record of another form.
@@ -255,7 +258,7 @@ def evaluate(
         loss_only: no generation.
 
     Returns:
-        Metrics, each {mean, low, high, count}, and the completions.
+        Metrics, each {mean, low, high, number}, and the completions.
 
     Raises:
         UserError: unreadable files, demonstrations or feedback that overlap the file, prompts beyond the window.
@@ -278,9 +281,7 @@ def evaluate(
             return {"metrics": metrics, "completions": []}
         pool = [one.example for one in read_problems(demonstrations, task, None)] if demonstrations else []
         if shots and not pool:
-            raise UserError(
-                f"--shots {shots} needs solved examples: give --demonstrations FILE, not the file evaluated"
-            )
+            raise UserError(f"--shots {shots} needs solved examples: give --demonstrations FILE, other than the test")
         prefixes = [few_shot(pool, shots, seed, number) for number in range(len(problems))]
         settings = (new_tokens, 1, 0.0, batch_size, seed)
         greedy = [row[0] for row in solve(learner, encoder, problems, task, prefixes, *settings)]
@@ -333,7 +334,7 @@ def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
     for heading in ("metric", "mean", "95 % interval", "n"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for name, row in metrics.items():
-        table.add_row(name, f"{row['mean']:.4f}", f"[{row['low']:.4f}, {row['high']:.4f}]", str(row["count"]))
+        table.add_row(name, f"{row['mean']:.4f}", f"[{row['low']:.4f}, {row['high']:.4f}]", str(row["number"]))
     Console().print(table)
 
 

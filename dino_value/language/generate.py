@@ -59,9 +59,9 @@ def generate(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(encoded), batch_size):
-            ids, mask = left_padded(encoded[start : start + batch_size], encoder.end)
+            padded, mask = left_padded(encoded[start : start + batch_size], encoder.end)
             out = model.generate(
-                input_ids=ids.to(device),
+                input_ids=padded.to(device),
                 attention_mask=mask.to(device),
                 max_new_tokens=new_tokens,
                 num_return_sequences=samples,
@@ -70,7 +70,7 @@ def generate(
                 **({"stop_strings": list(stop), "tokenizer": encoder.tokenizer} if stop else {}),
                 **options,
             )
-            rows = [_completion(row, encoder, stop) for row in out[:, ids.shape[1] :].tolist()]
+            rows = [_completion(row, encoder, stop) for row in out[:, padded.shape[1] :].tolist()]
             found += [rows[first : first + samples] for first in range(0, len(rows), samples)]
     model.train(training)
     return found

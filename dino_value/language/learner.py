@@ -1,4 +1,4 @@
-"""The learner: any Hugging Face causal language model, whole or through LoRA, and its cut at the scope's first layer."""
+"""The learner: any Hugging Face causal language model, whole or by LoRA, and its cut at the scope's first layer."""
 
 from __future__ import annotations
 
@@ -263,16 +263,12 @@ def available_memory(device: torch.device) -> int:
 
 def export_learner(model: Any, tokenizer: Any, folder: Path) -> None:
     """Weights and tokenizer for transformers, LoRA merged into the weights it was added to."""
-    try:
-        from peft.tuners.lora import LoraLayer
-    except ImportError:
-        LoraLayer = ()
     merged = copy.deepcopy(model)
     for name, part in list(merged.named_modules()):
-        if LoraLayer and isinstance(part, LoraLayer):
-            part.merge()  # type: ignore[attr-defined]
+        if hasattr(part, "lora_A") and hasattr(part, "merge"):
+            part.merge()
             above, _, last = name.rpartition(".")
-            setattr(merged.get_submodule(above), last, part.get_base_layer())  # type: ignore[attr-defined]
+            setattr(merged.get_submodule(above), last, part.get_base_layer())
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

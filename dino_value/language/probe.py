@@ -20,7 +20,7 @@ from torch import Tensor
 from dino_value.checkpoint import load_checkpoint
 from dino_value.errors import UserError
 from dino_value.language.config import STEERED, load_language_config
-from dino_value.language.learner import Cut, Learner, evaluating
+from dino_value.language.learner import Cut, evaluating
 from dino_value.language.steer import Steer, TargetTask, constant, token_losses
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples

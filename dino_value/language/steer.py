@@ -1,7 +1,7 @@
 """The designer's side: feedback → g_down → direction → φ, and what φ makes of the learner's targets.
 
-L_pre is linear in the targets q, so V = Σ q v / T with v = −D = ∂_ε(−log p_{θ+εu}): one directional derivative without a
-graph gives v for every candidate of every token (engine `linear`), and only the designer is differentiated.
+L_pre is linear in the targets q, so V = Σ q v / T with v = −D = ∂_ε(−log p_{θ+εu}): one directional derivative
+without a graph gives v for every candidate of every token (engine `linear`), and only the designer is differentiated.
 """
 
 from __future__ import annotations
@@ -89,10 +89,8 @@ class TargetTask:
             found = self.learner.run(batch)
             final, labels = found.final.flatten(0, 1)[batch.counted], batch.labels.flatten()[batch.counted]
             self._calls = found.cut.calls
-            parts = [
-                self._choose(*pair) for pair in zip(final.split(self.chunk), labels.split(self.chunk), strict=True)
-            ]
-            ids, own = (torch.cat(part) for part in zip(*parts, strict=True))
+            pairs = zip(final.split(self.chunk), labels.split(self.chunk), strict=True)
+            ids, own = map(torch.cat, zip(*(self._choose(*pair) for pair in pairs), strict=True))
         with full_precision(final):
             if self.designer is None:
                 q = soft_targets(own.new_full((len(ids), 1), self.alpha), own)

@@ -70,7 +70,7 @@ def attention(batch: Batch) -> dict[str, Tensor]:
 
 
 class Shuffled:
-    """Endless positions of `size` items: each is drawn from a buffer of the next ones; every pass has each item once."""
+    """Endless positions of `size` items: each is drawn from a buffer of the next ones; a pass has each item once."""
 
     def __init__(self, size: int, buffer: int, seed: int, name: str) -> None:
         self.size, self.capacity, self.seed, self.name = size, buffer, seed, name
@@ -187,7 +187,7 @@ class TextStream:
             tokens = self._next()
             # A longer document goes on in a piece of its own, which begins with the last token of the one before.
             for start in range(0, max(1, len(tokens.ids) - 1), self.length):
-                pieces.append(Tokens(*(part[start : start + size] for part in tokens)))
+                pieces.append(Tokens(tokens.ids[start : start + size], tokens.counted[start : start + size]))
                 total += len(pieces[-1].ids)
         return [_joined(row) for row in best_fit(pieces, size)]
 

@@ -75,14 +75,14 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Σ_t [logsumexp(z_t) − Σ_k q_{t,k} z_{t,k}] with z = hidden·weightᵀ; a scalar, float32.
 
-    The gradient is made chunk by chunk on the way forward, so logits exist for `chunk` tokens at a time and are computed
-    once. It has no second derivative: `negative_log_probs` has. q is a constant.
+    The gradient is made chunk by chunk on the way forward, so logits exist for `chunk` tokens at a time and are
+    computed once. It has no second derivative: `negative_log_probs` has. q is a constant.
 
     Args:
         hidden: [T d], the final hidden states of the tokens that count.
         weight: of the head, [V d]; bias: [V].
     """
-    loss: Tensor = _SoftCrossEntropy.apply(hidden, weight, bias, target, chunk)  # type: ignore[no-untyped-call]
+    loss: Tensor = _SoftCrossEntropy.apply(hidden, weight, bias, target, chunk)
     return loss
 
 
@@ -115,13 +115,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         parts = ctx.saved_tensors
         return (*(None if part is None else part * upstream for part in parts), None, None)
 
 
 def negative_log_probs(hidden: Tensor, head: nn.Linear, ids: Tensor, chunk: int = 256) -> Tensor:
-    """ℓ = −log p of the candidates: [T d], [T K] -> [T K]. Differentiable as often as one likes; chunks are recomputed."""
+    """ℓ = −log p of the candidates: [T d], [T K] -> [T K]. Twice differentiable; chunks are recomputed."""
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
         logits = head(states)

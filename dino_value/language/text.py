@@ -5,6 +5,7 @@ A record has a prompt and an answer (`question`/`answer`, `problem`/`solution`, 
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,7 +124,7 @@ class _Lines:
             starts.append(end + 1)
         if starts[-1] < len(self._map):
             starts.append(len(self._map))
-        spans = list(zip(starts[:-1], starts[1:], strict=True))
+        spans = itertools.pairwise(starts)
         self._spans = np.array([(a, b) for a, b in spans if self._map[a:b].strip()], dtype=np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:

@@ -94,7 +94,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.learner, config.optim.weight_decay),
             lr=config.optim.lr,
-            betas=tuple(config.optim.betas),
+            betas=(config.optim.betas[0], config.optim.betas[1]),
             fused=True,
         )
         sources, d = open_streams(config), config.data
@@ -155,7 +155,7 @@ class Run:
                 rule = self.steer.rule(batch, found, self.step)
             head, final = self.learner.head, found.final.flatten(0, 1)[batch.counted]
             loss = soft_cross_entropy(final, head.weight, head.bias, rule, self.config.targets.chunk) / tokens
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     def held_loss(self) -> dict[str, float]:
