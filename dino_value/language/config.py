@@ -85,6 +85,7 @@ class LanguageDesignerConfig:
     heads: int = 4
     lr: float = 1e-4
     gate: float = 0.0  # the gate's bias before training: α begins at alpha_max·sigmoid(gate)
+    prior: str = "flat"  # r before training, as scores alone make it; or learner: its own prediction, which φ tilts
 
 
 @dataclass
@@ -161,6 +162,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "precision": ("auto", "bf16", "fp32"),
     "data.packing": ("concat", "best_fit"),
+    "designer.prior": ("flat", "learner"),
     "value.direction": ("dot", "cosine", "adam"),
     "value.engine": ("auto", "linear", "finite_difference", "double_backward"),
     "feedback.kind": ("loss", "reward"),

@@ -18,17 +18,29 @@ class TokenDesigner(nn.Module):
     Args:
         embedding: width d of the learner's embeddings.
         gate: bias of the gate before training.
+        prior: what r is before training: `flat`, or `learner`, its own prediction among the candidates.
     """
 
-    def __init__(self, embedding: int, hidden: int, layers: int, heads: int, alpha_max: float, gate: float) -> None:
+    def __init__(
+        self,
+        embedding: int,
+        hidden: int,
+        layers: int,
+        heads: int,
+        alpha_max: float,
+        gate: float = 0.0,
+        prior: str = "flat",
+    ) -> None:
         super().__init__()
-        self.alpha_max = alpha_max
+        self.alpha_max, self.prior = alpha_max, prior
         self.seen, self.truth = nn.Linear(embedding, hidden), nn.Linear(embedding, hidden, bias=False)
         self.blocks = nn.ModuleList(_Block(hidden, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden)
         self.query = nn.Linear(hidden, embedding)
         self.gate = nn.Linear(hidden, 1)
-        nn.init.zeros_(self.gate.weight)
+        for layer in (self.gate, self.query):  # r begins as its prior, α as the same everywhere
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.query.bias)
         nn.init.constant_(self.gate.bias, gate)
 
     def forward(self, seen: Tensor, truth: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -55,14 +67,21 @@ class TokenDesigner(nn.Module):
         """α = α_max·sigmoid(gate): [t hidden] -> [t 1]."""
         return self.alpha_max * torch.sigmoid(self.gate(states))
 
-    def proposal(self, states: Tensor, options: Tensor) -> Tensor:
-        """r over the candidates, whose embeddings are `options`: [t hidden], [t K d] -> [t K]."""
-        scores = torch.einsum("td,tkd->tk", self.query(states), _unit(options))
-        return (scores / options.shape[-1] ** 0.5).softmax(1)
+    def proposal(self, states: Tensor, options: Tensor, own: Tensor) -> Tensor:
+        """r over the candidates: [t hidden], [t K d], [t K] -> [t K].
 
-    def targets(self, states: Tensor, options: Tensor) -> Tensor:
+        Args:
+            options: the candidates' embeddings.
+            own: the learner's probabilities of them, where r begins if the prior is `learner`.
+        """
+        scores = torch.einsum("td,tkd->tk", self.query(states), _unit(options)) / options.shape[-1] ** 0.5
+        if self.prior == "learner":
+            scores = scores + own.clamp_min(1e-20).log()
+        return scores.softmax(1)
+
+    def targets(self, states: Tensor, options: Tensor, own: Tensor) -> Tensor:
         """q = (1 − α)·onehot + α·r, [t K]; candidate 0 is the true token."""
-        return soft_targets(self.alpha(states), self.proposal(states, options))
+        return soft_targets(self.alpha(states), self.proposal(states, options, own))
 
 
 def _unit(embeddings: Tensor) -> Tensor:

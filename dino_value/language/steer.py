@@ -96,8 +96,8 @@ class TargetTask:
                 q = soft_targets(own.new_full((len(ids), 1), self.alpha), own)
             else:
                 states = designed_states(self.designer, embedding, batch)
-                pairs = zip(states.split(self.chunk), ids.split(self.chunk), strict=True)
-                q = torch.cat([_targets(self.designer, embedding, *pair) for pair in pairs])
+                parts = zip(*(part.split(self.chunk) for part in (states, ids, own)), strict=True)
+                q = torch.cat([_targets(self.designer, embedding, *part) for part in parts])
         weights = q / max(1, len(ids))
         if weights.requires_grad:
             weights.register_hook(self._keep)
@@ -135,15 +135,15 @@ def designed_states(designer: TokenDesigner, embedding: Tensor, batch: Batch) ->
     return states.flatten(0, 1)[batch.counted]
 
 
-def _targets(designer: TokenDesigner, embedding: Tensor, states: Tensor, ids: Tensor) -> Tensor:
+def _targets(designer: TokenDesigner, embedding: Tensor, states: Tensor, ids: Tensor, own: Tensor) -> Tensor:
     """q [t K]; the candidates' embeddings [t K d] are not kept for the backward pass."""
 
-    def compute(states: Tensor, ids: Tensor) -> Tensor:
-        return designer.targets(states, F.embedding(ids, embedding))
+    def compute(states: Tensor, ids: Tensor, own: Tensor) -> Tensor:
+        return designer.targets(states, F.embedding(ids, embedding), own)
 
     if not torch.is_grad_enabled():
-        return compute(states, ids)
-    out: Tensor = checkpoint(compute, states, ids, use_reentrant=False)
+        return compute(states, ids, own)
+    out: Tensor = checkpoint(compute, states, ids, own, use_reentrant=False)
     return out
 
 
@@ -203,7 +203,7 @@ class Steer:
         if config.method in ("value", "random"):
             d, width = config.designer, learner.embedding.shape[1]
             torch.manual_seed(key(config.seed, "designer"))
-            self.designer = TokenDesigner(width, d.hidden, d.layers, d.heads, config.targets.alpha_max, d.gate)
+            self.designer = TokenDesigner(width, d.hidden, d.layers, d.heads, config.targets.alpha_max, d.gate, d.prior)
             self.designer.to(self.device)
             self.designer_optimizer = torch.optim.AdamW(
                 self.designer.parameters(), lr=d.lr, weight_decay=0.0, fused=True
@@ -256,7 +256,8 @@ class Steer:
         def rule(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
             ids = candidates(logits, labels[rows], count)
             with torch.no_grad(), full_precision(embedding):
-                return ids, _targets(designer, embedding, states[rows], ids)
+                own = logits.gather(1, ids).softmax(1)
+                return ids, _targets(designer, embedding, states[rows], ids, own)
 
         return rule
 
