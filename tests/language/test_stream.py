@@ -190,7 +190,7 @@ def test_bad_files(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=said):
             read_examples(str(tmp_path / path))
     (tmp_path / "x.csv").write_text("a")
-    with pytest.raises(UserError, match="expected .jsonl"):
+    with pytest.raises(UserError, match=r"expected \.jsonl"):
         read_examples(str(tmp_path / "x.csv"))
 
 
