@@ -123,11 +123,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
 def negative_log_probs(hidden: Tensor, head: nn.Linear, ids: Tensor, chunk: int = 256) -> Tensor:
     """ℓ = −log p of the candidates: [T d], [T K] -> [T K]. Twice differentiable; chunks are recomputed."""
 
-    def part(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = head(states)
+    # As arguments: a chunk is run again when the head may have other parameters than under functional_call.
+    weight, bias = head.weight, head.bias
+
+    def part(states: Tensor, wanted: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(states, weight, bias)
         return logits.logsumexp(1, keepdim=True) - logits.gather(1, wanted)
 
     pairs = zip(hidden.split(chunk), ids.split(chunk), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([part(*pair) for pair in pairs])
-    return torch.cat([checkpoint(part, *pair, use_reentrant=False) for pair in pairs])
+        return torch.cat([part(*pair, weight, bias) for pair in pairs])
+    return torch.cat([checkpoint(part, *pair, weight, bias, use_reentrant=False) for pair in pairs])

@@ -22,7 +22,7 @@ from dino_value.language.decontaminate import (
 
 pytest.importorskip("datasketch")
 
-WORDS = "river stone bridge seven green walks under little boat many carry nine apples over house tall three".split()
+WORDS = [*("river", "stone", "bridge", "seven", "green", "walks", "little"), *("boat", "many", "carry", "nine", "apples")]
 
 
 def sentence(seed: int, count: int = 30) -> str:

@@ -27,7 +27,6 @@ from dino_value.language.text import Encoder, Example, Tokens, example, open_sou
 
 def stream(root: Path, encoder: Encoder, **changes: Any) -> TextStream:
     settings: dict[str, Any] = {
-        "sources": {"main": open_source(str(root / "stream.jsonl"))},
         "weights": {},
         "encoder": encoder,
         "length": 40,
@@ -36,6 +35,8 @@ def stream(root: Path, encoder: Encoder, **changes: Any) -> TextStream:
         "seed": 0,
         "name": "stream",
     }
+    if "sources" not in changes:
+        settings["sources"] = {"main": open_source(str(root / "stream.jsonl"))}
     return TextStream(**{**settings, **changes})
 
 
@@ -154,7 +155,7 @@ def test_feedback_is_passed_over(root: Path, encoder: Encoder) -> None:
 
 def test_padding_changes_no_label(encoder: Encoder) -> None:
     batch = padded([Tokens([5, 6, 7, 8], [False, False, True, True]), Tokens([5, 6], [False, True])], 0)
-    assert batch.ids.tolist() == [[5, 6, 7], [5, 0, 0]]
+    assert batch.ids.tolist() == [[5, 6, 7], [5, 6, 0]]
     assert batch.labels.tolist() == [[IGNORED, 7, 8], [6, IGNORED, IGNORED]]
 
 
@@ -206,11 +207,13 @@ def test_text_and_parquet(tmp_path: Path) -> None:
 
 def test_prompts_beyond_the_window(root: Path, encoder: Encoder, tmp_path: Path) -> None:
     examples = read_examples(str(root / "feedback.jsonl"))
-    with pytest.raises(UserError, match="longer than 30"):
-        ExampleSet(examples, encoder, 30, 4, 0, "feedback")
+    longest = max(len(encoder.encode(one).ids) for one in examples)
+    with pytest.raises(UserError, match=f"longer than {longest - 1}"):
+        ExampleSet(examples, encoder, longest - 1, 4, 0, "feedback")
     with pytest.raises(UserError, match="leaves no room"):
         ExampleSet(examples, encoder, 10, 4, 0, "feedback", cut=True)
-    assert max(len(one.ids) for one in ExampleSet(examples, encoder, 30, 4, 0, "f", cut=True).tokens) == 30
+    shorter = ExampleSet(examples, encoder, longest - 1, 4, 0, "feedback", cut=True)
+    assert max(len(one.ids) for one in shorter.tokens) == longest - 1
     with pytest.raises(UserError, match="leaves no room for the answer"):
         stream(root, encoder, packing="best_fit", length=10).batch(1)
 
