@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ def generate(
                 num_return_sequences=samples,
                 pad_token_id=encoder.end,
                 eos_token_id=encoder.end,
-                **({"stop_strings": list(stop), "tokenizer": encoder.tokenizer} if stop else {}),
+                **({"stopping_criteria": [_stopping(encoder, stop, padded.shape[1])]} if stop else {}),
                 **options,
             )
             rows = [_completion(row, encoder, stop) for row in out[:, padded.shape[1] :].tolist()]
@@ -84,6 +84,17 @@ def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Ten
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
     return ids, mask
+
+
+def _stopping(encoder: Encoder, stop: Sequence[str], start: int) -> Callable[..., Tensor]:
+    """Whether each row's completion, which begins at `start`, has reached a stop string."""
+    reach = 1 + max(map(len, stop))  # tokens: none is shorter than a character, but for pieces of one
+
+    def stopped(ids: Tensor, scores: object, **options: object) -> Tensor:
+        ends = encoder.tokenizer.batch_decode(ids[:, start:][:, -reach:], skip_special_tokens=True)
+        return torch.tensor([any(mark in end for mark in stop) for end in ends], device=ids.device)
+
+    return stopped
 
 
 def _completion(tokens: list[int], encoder: Encoder, stop: Sequence[str]) -> Completion:

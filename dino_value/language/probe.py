@@ -1,7 +1,8 @@
 """`dino-value language probe RUN FILE`: does V foretell, on examples that taught nothing, what one step does?
 
 From a run's last checkpoint many steps are tried, each on an unlabeled batch of its own and none of them kept. V is
-measured with g_down of the run's feedback, the decrease on FILE; a step is taken by SGD and by the run's own optimizer.
+measured with g_down of the run's feedback, the decrease on FILE; a step is taken by SGD and by the run's own optimizer, at its
+highest learning rate.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class _Probe:
         with torch.no_grad():
             self.cut = _double(self.learner.run(batch).cut)
         self.counted, self.labels = batch.counted, batch.labels.flatten()[batch.counted, None]
+        for group in run.optimizer.param_groups:  # the schedule has ended near zero
+            group["lr"] = run.config.optim.lr
         for stream in steer.meta.values():  # batches that the run has not seen
             for order in stream.order.values():
                 order.seed += 1 + seed

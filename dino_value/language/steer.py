@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -297,7 +298,8 @@ class Steer:
         since = step - v.burn_in
         if self.feedback and since >= 0 and since % v.period == 0:
             for _ in range(1 + (v.warmup if since == 0 else 0)):
-                with evaluating(self.learner), constant(self.learner), self.autocast():
+                with evaluating(self.learner), constant(self.learner), self.autocast(), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", r".*torch\.jit\.script")  # torch's own, in forward mode
                     self.update(step)
 
     def update(self, step: int) -> None:

@@ -167,7 +167,7 @@ class Run:
     def lr(self) -> float:
         """Linear warm-up, then half a cosine, over the steps or the seconds of the run."""
         o, seconds = self.config.optim, self.config.budget.seconds
-        part = (self.step + 1) / self.config.steps if seconds is None else min(1.0, self.seconds / seconds)
+        part = (self.step + 0.5) / self.config.steps if seconds is None else min(1.0, self.seconds / seconds)
         return cosine_schedule(round(part * SCHEDULE), SCHEDULE, o.lr, o.lr_end, round(o.warmup * SCHEDULE))
 
     def done(self) -> bool:

@@ -22,7 +22,10 @@ from dino_value.language.decontaminate import (
 
 pytest.importorskip("datasketch")
 
-WORDS = [*("river", "stone", "bridge", "seven", "green", "walks", "little"), *("boat", "many", "carry", "nine", "apples")]
+WORDS = [
+    *("river", "stone", "bridge", "seven", "green", "walks", "little"),
+    *("boat", "many", "carry", "nine", "apples"),
+]
 
 
 def sentence(seed: int, count: int = 30) -> str:

@@ -79,6 +79,15 @@ def test_batched_greedy_decoding_is_that_of_one_prompt_at_a_time(
         generate(learner.model, encoder, prompts, 120)
 
 
+def test_stop_strings_end_a_completion(learner: Learner, encoder: Encoder) -> None:
+    prompt = ["Question: Ann has 3 apples"]
+    whole = generate(learner.model, encoder, prompt, 8)[0][0]
+    mark = encoder.tokenizer.decode(whole.tokens[2:3])
+    cut = generate(learner.model, encoder, prompt, 8, stop=[mark])[0][0]
+    assert len(cut.tokens) <= 3 < len(whole.tokens)
+    assert cut.text == whole.text.split(mark)[0]
+
+
 def test_few_shot_is_seeded(root: Path) -> None:
     pool = read_examples(str(root / "feedback.jsonl"))
     first = few_shot(pool, 2, 0, 5)
