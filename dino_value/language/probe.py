@@ -1,8 +1,8 @@
 """`dino-value language probe RUN FILE`: does V foretell, on examples that taught nothing, what one step does?
 
 From a run's last checkpoint many steps are tried, each on an unlabeled batch of its own and none of them kept. V is
-measured with g_down of the run's feedback, the decrease on FILE; a step is taken by SGD and by the run's own optimizer, at its
-highest learning rate.
+measured with g_down of the run's feedback, the decrease on FILE; a step is taken by SGD and by the run's own optimizer,
+at its highest learning rate.
 """
 
 from __future__ import annotations
