@@ -68,7 +68,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def newest_whole(folder: Path) -> tuple[dict[str, Any], list[str]]:
+def newest_whole(folder: Path, part: str = "teacher") -> tuple[dict[str, Any], list[str]]:
     """The state of the newest checkpoint in `folder` that is whole; newer ones are set aside (`.damaged` is added to
     their names), each with a line on what is wrong with it.
 
@@ -78,7 +78,7 @@ def newest_whole(folder: Path) -> tuple[dict[str, Any], list[str]]:
     problems: dict[Path, str] = {}
     for path in reversed(_found(folder)):
         try:
-            state = load_checkpoint(path)
+            state = load_checkpoint(path, part)
         except UserError as error:
             problems[path] = str(error)
             continue
@@ -88,8 +88,11 @@ def newest_whole(folder: Path) -> tuple[dict[str, Any], list[str]]:
     raise UserError(f"{'; '.join(problems.values())}. No older one is left: remove {folder} to begin again")
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], part: str = "teacher") -> dict[str, Any]:
     """The state tree of a checkpoint, or of a run folder's newest one; weights-only, never executed.
+
+    Args:
+        part: what such a checkpoint must have.
 
     Raises:
         UserError: nothing there, or not a readable checkpoint.
@@ -103,8 +106,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     state = read_state(path)
-    if "teacher" not in state:
-        raise UserError(f"{path}: not a checkpoint of this program (it has no teacher); {FOREIGN}")
+    if part not in state:
+        raise UserError(f"{path}: not a checkpoint of this program (it has no {part}); {FOREIGN}")
     return state
 
 

@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _command(arguments: list[str]) -> int:
     if arguments[:1] == ["eval"]:
         return _evaluate(arguments[1:])
+    if arguments[:1] == ["language"]:
+        return _language(arguments[1:])
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes a list of positionals only once: key=value may also follow an option.
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # Only for the help text: main() hands its arguments to the evaluation's own parser.
     commands.add_parser("eval", help="linear, knn, seg, depth, retrieval or all: what the features of runs are worth")
+    commands.add_parser("language", help="causal language models: train, eval, decontaminate, probe")
     return parser
 
 
@@ -203,6 +206,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from dino_value.eval.command import main as evaluate
 
     return evaluate(arguments)
+
+
+def _language(arguments: Sequence[str]) -> int:
+    from dino_value.language.command import main as language
+
+    return language(arguments)
 
 
 if __name__ == "__main__":

@@ -446,6 +446,17 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """
     # designer=weights is short for designer.name=weights.
     overrides = [re.sub(r"^designer=(?!\s*\{)", "designer.name=", part) for part in overrides]
+    config = load_structured(source, overrides, Config)
+    assert isinstance(config, Config)
+    return check(config)
+
+
+def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], schema: type) -> Any:
+    """A YAML file, or a packaged one by name, with `key=value` overrides, as the dataclass `schema`; not yet checked.
+
+    Raises:
+        UserError: as `load_config`.
+    """
     try:
         loaded = OmegaConf.load(_find(source))
         given = OmegaConf.from_dotlist(list(overrides))
@@ -457,14 +468,12 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{source}: expected keys and values at the top level")
     for tree in (loaded, given):
-        _refuse_unknown(OmegaConf.to_container(tree), Config, "")
+        _refuse_unknown(OmegaConf.to_container(tree), schema, "", schema)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
-        config = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), loaded, given)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
-    assert isinstance(config, Config)
-    return check(config)
 
 
 def check(config: Config) -> Config:
@@ -643,7 +652,7 @@ def _check_roles(config: Config) -> None:
         raise UserError("designer.name=attention looks at global crops: set designer.crops=global")
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: Any, path: Path) -> None:
     """The resolved configuration as YAML, complete or not at all."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
@@ -674,7 +683,7 @@ def _find(source: str | os.PathLike[str]) -> Path:
     raise UserError(f"{source}: no such configuration file; packaged ones: {', '.join(known)}")
 
 
-def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
+def _refuse_unknown(given: Any, schema: type, prefix: str, root: type) -> None:
     if not isinstance(given, dict):
         raise UserError(
             f"{prefix.rstrip('.') or 'configuration'}: expected a section of keys and values, got {given!r}"
@@ -682,7 +691,7 @@ def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
     sections = {item.name: item for item in fields(schema)}
     for key, value in given.items():
         if key not in sections:
-            known = _all_keys(Config, "")
+            known = _all_keys(root, "")
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)
             raise UserError(f"unknown configuration key {prefix}{key}; did you mean {near[0]}?")
         default = sections[key].default
@@ -693,7 +702,7 @@ def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
         factory: Any = sections[key].default_factory
         inner = type(factory()) if callable(factory) else None
         if inner is not None and is_dataclass(inner):
-            _refuse_unknown(value, inner, f"{prefix}{key}.")
+            _refuse_unknown(value, inner, f"{prefix}{key}.", root)
 
 
 def _all_keys(schema: type, prefix: str) -> list[str]:

@@ -37,8 +37,13 @@ def choose_device(name: str) -> torch.device:
 
 def use_bfloat16(config: Config, device: torch.device) -> bool:
     """Whether the learner's passes run under bfloat16 autocast."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
+    return bfloat16(config.precision, device)
+
+
+def bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether `precision` (auto, bf16 or fp32) means bfloat16 autocast on `device`."""
+    if precision != "auto":
+        return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     # Without the instructions bfloat16 is emulated, and slower than float32.

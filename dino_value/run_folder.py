@@ -12,13 +12,13 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.checkpoint import latest_checkpoint
-from dino_value.config import Config, HealthConfig, save_config
+from dino_value.config import HealthConfig, save_config
 from dino_value.errors import UserError
 from dino_value.files import sweep, write_json
 from dino_value.track import read_metrics
 
 
-def prepare_folder(config: Config, folder: Path, override: bool = False) -> list[str]:
+def prepare_folder(config: Any, folder: Path, override: bool = False) -> list[str]:
     """Create the run folder, or see that it holds this very run; with `override` a run of other settings takes these.
 
     Returns:
@@ -38,7 +38,7 @@ def prepare_folder(config: Config, folder: Path, override: bool = False) -> list
             differences = _differences(OmegaConf.load(saved), now)
             # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
             begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)
-            if differences and not begun and (strangers or not _is_config(saved)):
+            if differences and not begun and (strangers or not _is_config(saved, type(config))):
                 raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
             if differences and begun and not override:
                 more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
@@ -83,6 +83,7 @@ _OURS = {
     "checkpoints",
     "nonfinite",
     "backbone.safetensors",
+    "learner",
     "results",
     "export",
     "report.html",
@@ -94,9 +95,9 @@ _FREE = {"out", "device", "log_every", "data.workers", "distributed.timeout", "o
 }
 
 
-def _is_config(path: Path) -> bool:
+def _is_config(path: Path, schema: type) -> bool:
     saved = OmegaConf.load(path)
-    return isinstance(saved, DictConfig) and {str(key) for key in saved} <= {item.name for item in fields(Config)}
+    return isinstance(saved, DictConfig) and {str(key) for key in saved} <= {item.name for item in fields(schema)}
 
 
 def _differences(old: Any, new: Any) -> list[str]:

@@ -101,6 +101,7 @@ _SHOWN = {
     "rankme": "RankMe {:.1f}",
     "knn_top1": "k-NN {:.1%}",
     "images_per_second": "{:.4g} images/s",
+    "tokens_per_second": "{:.4g} tokens/s",
     "data_wait": "{:.0%} waiting for data",
 }
 

@@ -14,14 +14,26 @@ MOVED = ("heads", "eval", "slurm")  # at the root, installed below dino_value
 LEAVES = ("objectives", "designers", "heads", "data", "backbones")
 # Of ours a room may import itself, errors, and only these. (value/ is stricter: see below.)
 ONLY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(LEAVES, ("parts",)),
+    **dict.fromkeys(LEAVES, ("parts", "seeds")),
     "parts": (),
+    "seeds": (),
     "backbones": ("weights", "blocks", "attention", "files"),
     "blocks": ("linear",),
     "linear": (),
     "attention": ("blocks",),
     "weights": (),
-    "language": ("value", "optim", "checkpoint", "track", "config"),
+    "language": (
+        "value",
+        "optim",
+        "checkpoint",
+        "track",
+        "config",
+        "files",
+        "process",
+        "run_folder",
+        "seeds",
+        "arguments",
+    ),
     "slurm": ("cli",),
 }
 NEVER = {"eval": ("train",)}

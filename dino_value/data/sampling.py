@@ -13,28 +13,17 @@ import os
 import select
 import signal
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_value.errors import UserError
 from dino_value.parts import WHOLE, Part
-
-
-def key(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed from a run's seed and the names and numbers of what is being drawn."""
-    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
-    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def generator(seed: int, *parts: int | str) -> torch.Generator:
-    """A CPU generator for one draw: the same on every device."""
-    return torch.Generator().manual_seed(key(seed, *parts))
+from dino_value.seeds import generator as generator
+from dino_value.seeds import key as key
 
 
 class Source(Protocol):
