@@ -14,7 +14,10 @@ from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 
 # Commands with a parser of their own, each a function of the arguments that follow its name.
 DELEGATED = {
-    "eval": ("dino_value.eval.command", "linear, knn, seg, depth, retrieval or all: what the features of runs are worth"),
+    "eval": (
+        "dino_value.eval.command",
+        "linear, knn, seg, depth, retrieval, all: what the features of runs are worth",
+    ),
     "launch": ("dino_value.slurm.launch", "train or evaluate as a job, on SLURM or in processes here"),
     "jobs": ("dino_value.slurm.jobs", "the launched jobs: state, last metrics, end of the log"),
     "sweep": ("dino_value.sweep.command", "search settings by evaluation results (Optuna); goes on after any stop"),

@@ -20,7 +20,6 @@ from dino_value.errors import EXIT_DONE, UserError
 from dino_value.slurm.launch import FOLDER
 from dino_value.track import read_metrics, summary
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "LOST")
 _ANSWER_SECONDS = 20
 
 
@@ -79,11 +78,11 @@ def describe(records: Sequence[dict[str, Any]], folder: Path, tail: int = 0) -> 
     rows = []
     for record in records:
         paths = JobPaths(folder.absolute(), record["job"])
-        log = max((paths.stdout, paths.stderr), key=lambda path: path.stat().st_mtime if path.exists() else 0.0)
         if record["cluster"] == "slurm":
             state = slurm.get(record["job"]) or outcome(paths) or "UNKNOWN"
         else:
             state = outcome(paths) or ("RUNNING" if _alive(record["job"], folder) else "LOST")
+        log = paths.stderr if state == "FAILED" else max((paths.stdout, paths.stderr), key=_modified)
         metrics = [row for row in read_metrics(Path(record["run"])) if "event" not in row] if record["run"] else []
         rows.append(
             {**record, "state": state, "metrics": metrics[-1] if metrics else {}, "log": str(log)}
@@ -120,6 +119,10 @@ def outcome(paths: JobPaths) -> str | None:
         return None
     kind, _ = cloudpickle.loads(paths.result_pickle.read_bytes())  # written by our own job, in our own folder
     return "COMPLETED" if kind == "success" else "FAILED"
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _alive(job: str, folder: Path) -> bool:

@@ -3,7 +3,8 @@
     dino-value launch CONFIG [key=value ...] --timeout 240 --nodes 2 --gpus-per-node 8 --partition NAME
     dino-value launch eval seg RUN --data PATH --out DIR --after JOB
 
-What has no flag here (account, quality of service, constraints) goes through sbatch's own SBATCH_* variables. In Python:
+What has no flag here (account, quality of service, constraints) goes through sbatch's own SBATCH_* variables. And in
+Python:
 
     job = submit([["train", "rooms/cpu", "out=runs/a"]], Resources(timeout_min=240), Path("runs/jobs"))[0]
 """

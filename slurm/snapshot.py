@@ -48,9 +48,9 @@ def package_folders() -> Iterator[tuple[Path, Path]]:
     yield Path("dino_value"), root
     for name in MOVED:
         spec = importlib.util.find_spec(f"dino_value.{name}")
-        found = Path(list(spec.submodule_search_locations or [])[0]) if spec else None
-        if found is not None and found.parent != root:
-            yield Path("dino_value") / name, found
+        found = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+        if found and found[0].parent != root:
+            yield Path("dino_value") / name, found[0]
 
 
 def digest() -> str:

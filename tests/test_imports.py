@@ -20,7 +20,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "attention": ("blocks",),
     "weights": (),
     "language": ("value", "optim", "checkpoint", "track", "config"),
-    "slurm": ("cli",),
+    "slurm": ("cli", "arguments", "files", "track"),
 }
 NEVER = {"eval": ("train",)}
 BENCHMARKS = ("dino_value.eval.overhead", "dino_value.eval.throughput")  # they time training itself

@@ -23,7 +23,7 @@ from dino_value.track import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-STEPS = 400
+STEPS = 120
 SMALL = Resources(cpus_per_task=1)
 # More than half of a node's 8 CPUs: two such jobs fill the two nodes, and a third has to push one out.
 BIG = 5
@@ -92,11 +92,11 @@ def jobs(cluster: Path, tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactor
         found[name] = submit(commands, resources, root / "folder", entry=entry, name=name)
 
     def training(name: str) -> list[str]:
-        overrides = [f"steps={STEPS}", "log_every=20", "checkpoint.every=1000", f"out={root / name}"]
+        overrides = [f"steps={STEPS}", "log_every=10", "checkpoint.every=1000", f"out={root / name}"]
         return ["train", str(tiny_yaml), *overrides, "--quiet"]
 
     found: Jobs = {"root": root}
-    limit = Resources(timeout_min=1, signal_delay_s=5, cpus_per_task=1, max_timeouts=1)
+    limit = Resources(timeout_min=1, signal_delay_s=20, cpus_per_task=1, max_timeouts=3)
     send("timeout", limit, [str(root / "timed_out")], entry=until_stopped)
     send("disturbed", Resources(partition="low", cpus_per_task=BIG), training("disturbed"))
     send("undisturbed", Resources(partition="high", cpus_per_task=BIG), training("undisturbed"))
@@ -116,7 +116,7 @@ def test_preempted_training_ends_as_if_undisturbed(jobs: Jobs) -> None:
     root, (low,), (high,) = jobs["root"], jobs["disturbed"], jobs["undisturbed"]
     wait(lambda: read_metrics(root / "disturbed"))
     rows = len(read_metrics(root / "disturbed"))
-    assert rows < STEPS // 20, "training ended before it could be disturbed"
+    assert rows < STEPS // 10, "training ended before it could be disturbed"
     stronger = Resources(partition="high", cpus_per_task=BIG)
     submit([[str(root / "nothing")]], stronger, root / "folder", entry=lambda arguments: EXIT_DONE)
     assert ended(low) == ended(high) == EXIT_DONE
