@@ -34,8 +34,10 @@ from dino_value.weights import fit_positions, load_head
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
 
 
-def train(config: Config, quiet: bool = False) -> Path:
+def train(config: Config, quiet: bool = False, until: int | None = None) -> Path:
     """Train to `config.steps`, going on from the newest checkpoint in `config.out` if there is one; the run folder.
+
+    With `until`, pause after so many of these steps, saved: the same call without it goes on, exactly.
 
     Raises:
         UserError: bad data, weights or settings; a loss that is not finite.
@@ -52,14 +54,15 @@ def train(config: Config, quiet: bool = False) -> Path:
     prepare_folder(config, folder)  # after all that may refuse: a mistake leaves no folder behind
     if newest is not None:
         run.load_state_dict(load_checkpoint(newest))
-    if run.step >= config.steps:
+    stop = min(config.steps, until or config.steps)
+    if run.step >= stop:
         return folder
     record_environment(folder, environment(config.seed, run.device))
 
     metrics = MetricsFile(folder, run.step)
     clock = Clock()
     with stop_requests() as stopping, Reporter(config.method, config.steps, run.step, quiet) as reporter:
-        for large, small in clock.waiting(run.stream.iterate(run.step, config.steps)):
+        for large, small in clock.waiting(run.stream.iterate(run.step, stop)):
             run.learner_update(large, small)
             reporter.advance(run.step)
             while run.steer is not None and run.steer.notes:
@@ -79,7 +82,7 @@ def train(config: Config, quiet: bool = False) -> Path:
                 for event in run.collapse.judge(run.step, values):
                     metrics.write(run.step, {"event": event.kind, "message": event.text})
                     reporter.warn(event.text)
-            if run.step % config.checkpoint.every == 0 or last or stopping():
+            if run.step % config.checkpoint.every == 0 or run.step == stop or stopping():
                 run.save(folder)
             if stopping() and not last:
                 raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
