@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time (default: %(default)s)")
     parser.add_argument("--cluster", choices=["slurm"], help="run as a job array (default: processes of this machine)")
     parser.add_argument("--status", action="store_true", help="only print where the sweep stands")
+    parser.add_argument("--agent", action="store_true", help="one trial of a W&B sweep: its settings are key=value")
     # What the processes and jobs are started with.
     parser.add_argument("--limit", type=int, metavar="N", help="stop after so many trials")
     parser.add_argument("--follow-stdin", action="store_true", help="stop when standard input closes")
@@ -52,6 +53,11 @@ def main(argv: Sequence[str]) -> int:
 
         add_resources(parser)
     arguments = parser.parse_intermixed_args(list(argv))
+    if arguments.agent:
+        from dino_value.sweep.agent import run_agent
+
+        run_agent(arguments.spec, arguments.overrides, arguments.out)
+        return EXIT_DONE
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: at least 1")
     if arguments.follow_stdin:

@@ -149,6 +149,43 @@ def as_yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def read_spec(source: str) -> dict[str, Any]:
+    """The keys of a specification, unchecked but for their names.
+
+    Raises:
+        UserError: no such file, bad YAML, an unknown key.
+    """
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(find_config(source)))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected keys and values at the top level")
+    known = {item.name for item in fields(Sweep)}
+    if strange := [str(key) for key in content if key not in known]:
+        raise UserError(f"{source}: unknown key {strange[0]}; choose {', '.join(sorted(known))}")
+    return {str(key): value for key, value in content.items()}
+
+
+def parse_overrides(parts: Sequence[str]) -> dict[str, Any]:
+    """`key=value`, values as YAML.
+
+    Raises:
+        UserError: not of that form.
+    """
+    found: dict[str, Any] = {}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"{part!r}: write key=value, for example steps=300")
+        try:
+            parsed: Any = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{part!r}: not valid YAML: {' '.join(str(error).split())}") from None
+        found[key] = parsed["value"]
+    return found
+
+
 def load_sweep(source: str, overrides: Sequence[str] = (), out: Path | None = None, trials: int | None = None) -> Sweep:
     """A YAML file, or a packaged one such as `sweeps/both`, checked.
 
@@ -160,18 +197,7 @@ def load_sweep(source: str, overrides: Sequence[str] = (), out: Path | None = No
     Raises:
         UserError: no such file, bad YAML, an unknown key, a value that no trial could use.
     """
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(find_config(source)))
-        given = [part.partition("=") for part in overrides]
-        more = {key: OmegaConf.create(f"v: {value}")["v"] for key, _, value in given}
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: expected keys and values at the top level")
-    known = {item.name for item in fields(Sweep)}
-    if strange := [str(key) for key in content if key not in known]:
-        raise UserError(f"{source}: unknown key {strange[0]}; choose {', '.join(sorted(known))}")
-    content = {str(key): value for key, value in content.items()}
+    content = read_spec(source)
     for key, value in (("out", out), ("trials", trials)):
         content |= {} if value is None else {key: value}
     if lacking := [key for key in ("config", "space", "evaluations", "objectives", "out") if not content.get(key)]:
@@ -180,7 +206,7 @@ def load_sweep(source: str, overrides: Sequence[str] = (), out: Path | None = No
     for key in ("space", "evaluations", "objectives", "overrides"):
         if not isinstance(content.get(key, {}), dict):
             raise UserError(f"{source}: {key} takes keys and values")
-    content["overrides"] = {**content.get("overrides", {}), **more}
+    content["overrides"] = {**content.get("overrides", {}), **parse_overrides(overrides)}
     content["evaluations"] = {name: flags or {} for name, flags in content["evaluations"].items()}
     content["out"] = Path(content["out"])
     if content.get("prune") is not None:
