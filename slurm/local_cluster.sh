@@ -6,11 +6,13 @@
 #   slurm/local_cluster.sh stop      cancels its jobs, ends its daemons, takes its names out of /etc/hosts
 #
 # Afterwards SLURM's commands find it by SLURM_CONF, which `start` prints. Partition `low` can be pre-empted by `high`.
-# DINO_VALUE_SLURM is its folder (default /tmp/dino-value-slurm).
+# DINO_VALUE_SLURM is its folder (default /tmp/dino-value-slurm), DINO_VALUE_SLURM_PORT the first of its four ports; a second
+# cluster takes others.
 set -euo pipefail
 
 readonly DIR=${DINO_VALUE_SLURM:-/tmp/dino-value-slurm}
-readonly MARK='# dino-value local cluster'
+readonly PORT=${DINO_VALUE_SLURM_PORT:-26810}
+readonly MARK="# dino-value local cluster $DIR"
 readonly PACKAGES=(slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge mariadb-server-core mariadb-client-core)
 readonly PROGRAMS=(slurmctld slurmd slurmdbd sbatch munged mariadbd mariadb-install-db)
 export SLURM_CONF=$DIR/slurm.conf PATH=$PATH:/usr/sbin:/sbin
@@ -58,7 +60,7 @@ configure() {
     cat >"$SLURM_CONF" <<CONF
 ClusterName=dinovalue
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=26817
+SlurmctldPort=$PORT
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser=root
 SlurmdUser=root
@@ -93,9 +95,9 @@ ReturnToService=2
 EnforcePartLimits=ALL
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
-AccountingStoragePort=26819
+AccountingStoragePort=$((PORT + 1))
 AccountingStoragePass=$DIR/munge.socket
-NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[27001-27002] CPUs=8 RealMemory=512000 State=UNKNOWN
+NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((PORT + 2))-$((PORT + 3))] CPUs=8 RealMemory=512000 State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 CONF
@@ -105,7 +107,7 @@ AuthInfo=socket=$DIR/munge.socket
 CommunicationParameters=NoInAddrAny
 DbdHost=localhost
 DbdAddr=127.0.0.1
-DbdPort=26819
+DbdPort=$((PORT + 1))
 SlurmUser=root
 PidFile=$DIR/slurmdbd.pid
 LogFile=$DIR/slurmdbd.log
@@ -168,5 +170,5 @@ stop() {
 case ${1:-} in
     install) install_packages ;;
     start | stop) "$1" ;;
-    *) sed -n '2,9s/^# \?//p' "$0"; exit 2 ;;
+    *) sed -n '2,10s/^# \?//p' "$0"; exit 2 ;;
 esac
