@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,18 @@ from dino_value import __version__
 from dino_value.arguments import Parser, exit_code
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 
+# Commands with a parser of their own, each a function of the arguments that follow its name.
+DELEGATED = {
+    "eval": (
+        "dino_value.eval.command",
+        "linear, knn, seg, depth, retrieval, all: what the features of runs are worth",
+    ),
+    "language": ("dino_value.language.command", "causal language models: train, eval, decontaminate, probe"),
+    "launch": ("dino_value.slurm.launch", "train or evaluate as a job, on SLURM or in processes here"),
+    "jobs": ("dino_value.slurm.jobs", "the launched jobs: state, last metrics, end of the log"),
+    "sweep": ("dino_value.sweep.command", "search settings by evaluation results (Optuna); goes on after any stop"),
+    "pareto": ("dino_value.pareto", "runs and sweeps in the plane of two metrics: frontier, hypervolume, figure"),
+}
 CHECK_LAYOUTS = ("auto", "ade20k", "nyuv2", "imagefolder", "revisited", "images")
 
 
@@ -22,10 +35,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    if arguments[:1] == ["eval"]:
-        return _evaluate(arguments[1:])
-    if arguments[:1] == ["language"]:
-        return _language(arguments[1:])
+    if arguments and arguments[0] in DELEGATED:
+        module, _ = DELEGATED[arguments[0]]
+        return int(importlib.import_module(module).main(arguments[1:]))
+    parsed = _parse(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    return command(parsed)
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Refuse a `train` or `eval` command that would be refused before it has done anything.
+
+    Raises:
+        UserError: bad flags or settings, or another command.
+    """
+    if arguments[0] == "train":
+        from dino_value.config import load_config
+
+        parsed = _parse(list(arguments))
+        load_config(parsed.config, parsed.overrides)
+    elif arguments[0] == "eval" and len(arguments) > 1:
+        from dino_value.eval.command import build_parser, evaluation
+
+        build_parser(evaluation(arguments[1])).parse_args(list(arguments[2:]))
+    else:
+        raise UserError(f"{' '.join(arguments)}: give a configuration to train, or eval NAME and its flags")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes a list of positionals only once: key=value may also follow an option.
@@ -33,8 +70,7 @@ def _command(arguments: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
-    command: Callable[[argparse.Namespace], int] = parsed.command
-    return command(parsed)
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,9 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
     look.set_defaults(command=_check_data)
 
-    # Only for the help text: main() hands its arguments to the evaluation's own parser.
-    commands.add_parser("eval", help="linear, knn, seg, depth, retrieval or all: what the features of runs are worth")
-    commands.add_parser("language", help="causal language models: train, eval, decontaminate, probe")
+    for name, (_, text) in DELEGATED.items():  # only for the help text
+        commands.add_parser(name, help=text)
     return parser
 
 
@@ -200,18 +235,6 @@ def _check_data(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.json}: cannot be written ({error.strerror})") from None
     print_report(report)
     return EXIT_DONE if report.usable else EXIT_USER
-
-
-def _evaluate(arguments: Sequence[str]) -> int:
-    from dino_value.eval.command import main as evaluate
-
-    return evaluate(arguments)
-
-
-def _language(arguments: Sequence[str]) -> int:
-    from dino_value.language.command import main as language
-
-    return language(arguments)
 
 
 if __name__ == "__main__":

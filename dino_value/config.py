@@ -458,7 +458,7 @@ def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], sc
         UserError: as `load_config`.
     """
     try:
-        loaded = OmegaConf.load(_find(source))
+        loaded = OmegaConf.load(find_config(source))
         given = OmegaConf.from_dotlist(list(overrides))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
@@ -671,7 +671,12 @@ def _packaged_folder() -> Path:
     return Path(str(resources.files("dino_value"))).parent / "configs"
 
 
-def _find(source: str | os.PathLike[str]) -> Path:
+def find_config(source: str | os.PathLike[str]) -> Path:
+    """The file `source`, or the packaged one of that name, with or without its ending.
+
+    Raises:
+        UserError: there is neither.
+    """
     path = Path(source)
     if path.is_file():
         return path

@@ -60,12 +60,13 @@ from dino_value.weights import fit_positions, load_head
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
 
 
-def train(config: Config, quiet: bool = False, override: bool = False) -> Path:
+def train(config: Config, quiet: bool = False, override: bool = False, until: int | None = None) -> Path:
     """Train to `config.steps`, going on from the newest checkpoint in `config.out` if there is one; the run folder.
 
     Args:
         quiet: no progress; warnings are said all the same.
         override: go on with a run although its settings were others.
+        until: pause after so many of these steps, saved: the same call without it goes on, exactly.
 
     Raises:
         UserError: bad data, weights or settings; a loss that is not finite.
@@ -73,10 +74,10 @@ def train(config: Config, quiet: bool = False, override: bool = False) -> Path:
         ProcessLost: another of several processes is gone.
     """
     with distributed.joined(config), stop_requests() as stopping:
-        return _train(config, quiet or not distributed.is_first(), override, stopping)
+        return _train(config, quiet or not distributed.is_first(), override, until, stopping)
 
 
-def _train(config: Config, quiet: bool, override: bool, stopping: Callable[[], bool]) -> Path:
+def _train(config: Config, quiet: bool, override: bool, until: int | None, stopping: Callable[[], bool]) -> Path:
     folder, first = Path(config.out), distributed.is_first()
     newest = distributed.from_first(lambda: latest_checkpoint(folder / "checkpoints"))
     run = Run(config)
@@ -102,7 +103,8 @@ def _train(config: Config, quiet: bool, override: bool, stopping: Callable[[], b
             run.save_weights(folder)
     for text in warnings if first else ():
         print(f"warning: {text}", file=sys.stderr)
-    if run.step >= config.steps:
+    end = min(config.steps, until or config.steps)
+    if run.step >= end:
         return folder
     metrics: MetricsFile | None = None
     if first:
@@ -118,7 +120,7 @@ def _train(config: Config, quiet: bool, override: bool, stopping: Callable[[], b
             metrics.write(run.step, {"event": "resumed", "message": text})
     clock = Clock()
     with Reporter(config.method, config.steps, run.step, quiet) as reporter, run.evidence(folder):
-        for large, small in clock.waiting(run.stream.iterate(run.step, config.steps)):
+        for large, small in clock.waiting(run.stream.iterate(run.step, end)):
             run.learner_update(large, small)
             reporter.advance(run.step)
             while run.steer is not None and run.steer.notes:
@@ -144,12 +146,12 @@ def _train(config: Config, quiet: bool, override: bool, stopping: Callable[[], b
                 for event in events:
                     metrics.write(run.step, {"event": event.kind, "message": event.text})
                     reporter.warn(event.text)
-            stop, due = distributed.anywhere(stopping()), run.step % config.checkpoint.every == 0 or last
+            stop, due = distributed.anywhere(stopping()), run.step % config.checkpoint.every == 0 or run.step == end
             if due:
                 run.best.judge(run.step)
             if due or stop:
                 run.save(folder)
-            if stop and not last:
+            if stop and run.step < end:
                 run.writer.wait()
                 raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
         run.writer.wait()

@@ -34,7 +34,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "seeds",
         "arguments",
     ),
-    "slurm": ("cli",),
+    "slurm": ("cli", "arguments", "files", "track"),
 }
 NEVER = {"eval": ("train",)}
 BENCHMARKS = (
