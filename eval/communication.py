@@ -45,6 +45,7 @@ SMALL = [
     *("feedback.batch_size=4", "feedback.warmup=0", "feedback.seg.train=16", "feedback.seg.meta=8"),
     *("feedback.depth.train=16", "feedback.depth.meta=8"),
 ]
+BASE = "paper/ade20k_vitb"
 PAPER = ["out=unused", "data.unlabeled=scenes", "data.ade20k=scenes", "data.nyuv2=scenes"]
 MODELS = {
     "ViT-S/16": "vit_small_patch16_224",
@@ -203,7 +204,7 @@ def counting(whole: DistributedDataParallel) -> Iterator[list[tuple[str, int]]]:
 def _child(rank: int, overrides: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    run = Run(load_config("rooms/cpu", overrides))
+    run = Run(load_config(BASE, overrides))
     batches = run.stream.iterate(0, 2)
     run.learner_update(*next(batches))  # the first update checks its engine
     assert run.steer is not None
@@ -237,9 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     name = MODELS[arguments.count]
-    small = [f"backbone.name={name}", "backbone.kwargs={}", *arguments.overrides]
+    small = [f"backbone.name={name}", *arguments.overrides]
     seen = count(small)
-    config = load_config("rooms/cpu", [*SMALL, *small])
+    config = load_config(BASE, [*SMALL, *small])
     table = Table("two processes", "counted", "bytes", "expected bytes")
     found: dict[str, Any] = {"counted": seen, "expected": {}, "models": {}, "scaling": {}}
     configured: dict[str, tuple[Config, Sizes, int]] = {}
@@ -250,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     models = Table("paper's settings", "θ", "S", "φ", "step, MB", "update, MB", "a step at r, MB")
     for label, timm_name in MODELS.items():
-        config = load_config("paper/ade20k_vitb", [*PAPER, f"backbone.name={timm_name}", *arguments.overrides])
+        config = load_config(BASE, [*PAPER, f"backbone.name={timm_name}", *arguments.overrides])
         sizes = sizes_of(config)
         step, update = volume(config, sizes)
         mean = summed(step)[1] + summed(update)[1] / config.value.period

@@ -8,6 +8,7 @@ import pytest
 
 from dino_value.config import load_config
 from dino_value.eval.communication import (
+    BASE,
     PAPER,
     SMALL,
     Machine,
@@ -22,7 +23,9 @@ from dino_value.eval.communication import (
 
 @pytest.mark.slow  # starts two processes
 def test_the_formula_is_what_is_counted() -> None:
-    seen, config = count(), load_config("rooms/cpu", SMALL)
+    tiny = ["backbone.name=vit_tiny_patch16_224", "backbone.kwargs={embed_dim: 48, depth: 3, num_heads: 3}"]
+    tiny += ["objective.hidden_dim=64", "objective.out_dim=128"]
+    seen, config = count(tiny), load_config(BASE, [*SMALL, *tiny])
     step, update = volume(config, sizes_of(config))
     gradient = [size for name, size in seen["step"] if name == "gradient"]
     assert sum(gradient) == step["gradient of θ"][1]
@@ -36,7 +39,7 @@ def test_the_model_of_larger_machines() -> None:
     assert reduce_seconds(1, 10**9, 1, machine) == 0
     expected = 2 * 15 / 16 * 1e9 / machine.outside + 2 * math.log2(16) * machine.latency
     assert reduce_seconds(1, 10**9, 16, machine) == pytest.approx(expected)
-    config = load_config("paper/ade20k_vitb", [*PAPER, "backbone.name=vit_base_patch16_224"])
+    config = load_config(BASE, [*PAPER, "backbone.name=vit_base_patch16_224"])
     sizes = sizes_of(config)
     # θ: the backbone of 85.8 million and DINO's head; S: two blocks and the final norm.
     assert (sizes.backbone, sizes.scope) == (85_798_656, 2 * 7_087_872 + 2 * 768)
