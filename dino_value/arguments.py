@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
-from dino_value.errors import EXIT_RESUMABLE, EXIT_USER, Interrupted, UserError
+from dino_value.errors import EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, Interrupted, ProcessLost, UserError
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_GONE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.EHOSTDOWN}
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,19 +24,44 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def exit_code(command: Callable[[], int]) -> int:
-    """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake) or 75 (stopped, resumable)."""
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Our warnings as one line, each once, without the place in the source where Python would put them."""
+    before = warnings.formatwarning
+
+    def short(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is UserWarning and Path(__file__).parent in Path(filename).parents:
+            return f"warning: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = short
     try:
-        return command()
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake), 1 (another process is
+    gone) or 75 (stopped, resumable)."""
+    try:
+        with _short_warnings():
+            return command()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK | _GONE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; free space or choose another folder", file=sys.stderr)
+        advice = "the file system is gone" if error.errno in _GONE else "free space or choose another folder"
+        print(f"error: {where}{error.strerror}; {advice}", file=sys.stderr)
         return EXIT_USER
+    except ProcessLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return EXIT_LOST
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return EXIT_RESUMABLE

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_value.attention import choose, kernel, wants_math
-from dino_value.blocks import apply_block, compiled_block, unknown
+from dino_value.blocks import apply_block, class_attention, compiled_block, unknown
 from dino_value.errors import UserError
-from dino_value.weights import TIMM, misfits, read_header, read_tensors, recognise, table_side, to_timm
+from dino_value.files import replacing
+from dino_value.weights import TIMM, misfits, read_header, read_weights, recognise, table_side, to_timm
 
 WEIGHTS_NAME = "backbone.safetensors"
 
@@ -282,6 +283,21 @@ class Backbone(nn.Module):
         wanted = getattr(self.model, "grad_checkpointing", False) and torch.is_grad_enabled()
         return wanted and all(isinstance(value, nn.Parameter) for value in self.model.blocks[index].parameters())
 
+    @torch.no_grad()
+    def class_attention(self, images: Tensor) -> Tensor:
+        """What the class token pays each patch in the last block, [B h w], mean of heads.
+
+        Raises:
+            UserError: there is no class token, or the block's attention cannot be read.
+        """
+        fault = "it has no class token" if not self.has_cls else unknown(self.model.blocks[-1])
+        if fault:
+            raise UserError(f"{self.name}: the attention of its class token cannot be read: {fault}")
+        state = self(images, stop=self.depth - 1)
+        rope = state.rope[-1] if state.rope is not None and getattr(self.model, "rope_mixed", False) else state.rope
+        paid = class_attention(self.model.blocks[-1], state.tokens, rope)
+        return paid[:, self.num_prefix_tokens :].unflatten(1, state.grid)
+
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 [… 3 H W] or float in [0, 1] to what the model expects."""
         if images.dtype == torch.uint8:
@@ -296,6 +312,7 @@ def create_backbone(
     weights: str | os.PathLike[str] | None = None,
     min_match: float = 0.9,
     keep_grid: bool = False,
+    size_key: str = "img_size",
 ) -> Backbone:
     """A timm ViT by name, for inputs of any size that the patch divides.
 
@@ -305,6 +322,7 @@ def create_backbone(
         weights: a local file to start from, in any layout of weights.py; nothing is ever downloaded.
         min_match: the share of the model's tensors that the file must fill, and of the file's that must find a place.
         keep_grid: take the file's own table of positions, whatever `img_size`; see `load_weights`.
+        size_key: what the user calls `img_size`, for messages.
 
     Raises:
         UserError: unknown name (with the nearest known ones), not a ViT, arguments timm refuses, or bad weights.
@@ -313,6 +331,9 @@ def create_backbone(
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3) or timm.list_models("vit_small*dino*")
         raise UserError(f"backbone.name={name}: timm has no such model; near names: {', '.join(near)}")
+    for rate in [key for key in kwargs if key.endswith("_rate")]:
+        if not (isinstance(kwargs[rate], (int, float)) and 0 <= kwargs[rate] < 1):
+            raise UserError(f"backbone.kwargs.{rate}={kwargs[rate]}: a share that is dropped must lie in [0, 1)")
     try:
         model: Any = timm.create_model(
             name, pretrained=False, num_classes=0, img_size=img_size, dynamic_img_size=True, **kwargs
@@ -323,10 +344,8 @@ def create_backbone(
         ) from None
     if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "_pos_embed", "norm")):
         raise UserError(f"backbone.name={name} is not a vision transformer; choose a timm vit_* model")
-    patch = int(model.patch_embed.patch_size[0])
-    if img_size % patch:
-        raise UserError(f"image size {img_size} is not a multiple of the patch size {patch} of {name}")
     backbone = Backbone(name, model, {**kwargs, "img_size": img_size})
+    backbone.check_size(img_size, size_key)
     if weights is not None:
         print(f"{weights}: {load_weights(backbone, weights, min_match, keep_grid)}", file=sys.stderr)
     return backbone
@@ -379,7 +398,7 @@ def load_weights(
             `min_match` is 0, it has another number of registers, or biases that the model lacks.
     """
     model = backbone.model
-    weights = recognise(read_tensors(path), read_header(path))
+    weights = recognise(*read_weights(path))
     wrong = misfits(weights, model, backbone.name)
     if keep_grid and not wrong and model.pos_embed is not None:
         side = table_side(weights, model)
@@ -417,21 +436,31 @@ def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mappi
     Raises:
         OSError: the disk refused it.
     """
-    path = Path(path)
+    write_weights(path, *backbone_weights(backbone, extra))
+
+
+def backbone_weights(
+    backbone: Backbone, extra: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_backbone` writes: timm-keyed tensors, those of a CPU not copied, and the header."""
     metadata = {"model": backbone.name, "kwargs": json.dumps(backbone.kwargs), **(extra or {})}
     if backbone.positions != TIMM:
         metadata["positions"] = json.dumps(backbone.positions)
     tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    return tensors, metadata
+
+
+def write_weights(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A .safetensors file, complete or not at all.
+
+    Raises:
+        OSError: the disk refused it.
+    """
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_backbone(

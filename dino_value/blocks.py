@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers.attention import Attention, AttentionRope
 from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -23,6 +22,8 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from dino_value.linear import OneDNNLinear, function_of
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, RmsNorm, RmsNormFp32, nn.Identity)
 # Below this rate DINOv2 keeps the plain mask: gathering costs more than it saves, and B·rate is a poor count.
@@ -51,7 +52,7 @@ def unknown(block: nn.Module) -> str | None:
     attention: Any = block.attn
     if type(attention) not in (Attention, AttentionRope, EvaAttention):
         return f"its attention is {type(attention).__name__}"
-    if getattr(attention, "qkv", None) is not None and type(attention.qkv) is not nn.Linear:
+    if getattr(attention, "qkv", None) is not None and type(attention.qkv) not in (nn.Linear, OneDNNLinear):
         return f"its qkv projection is {type(attention.qkv).__name__}"
     if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
         return f"its MLP is {type(block.mlp).__name__}"
@@ -193,6 +194,18 @@ def _spread(values: Tensor, length: int) -> Tensor:
     return values[:, None].expand(-1, length).flatten()
 
 
+def class_attention(block: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
+    """What the first token pays each token in a block that `unknown` knows: tokens [B T D] to [B T], mean of heads."""
+    crops = [Crops(tokens.shape[0], tokens.shape[1], rope)]
+    rows = block.norm1(tokens.flatten(0, 1))
+    q, k, v = (
+        part.unflatten(0, (len(tokens), -1)) for part in _project(block.attn, rows, first_rows(rows, crops), True)
+    )
+    queries, keys, _ = _heads(block.attn, q, k, v, None if rope is None else (rope, True))
+    logits = queries * queries.shape[-1] ** -0.5 @ keys.transpose(-2, -1)
+    return logits.softmax(-1).mean(1)[:, 0]
+
+
 def _scaled(block: Any, branch: int, values: Tensor) -> Tensor:
     if type(block) is Block:
         return getattr(block, f"ls{branch}")(values)
@@ -221,16 +234,16 @@ def _project(attention: Any, rows: Tensor, asking: Tensor, first: bool) -> list[
     """q of `asking`, k and v of `rows`, each [R h·d]."""
     if attention.qkv is None:
         return [attention.q_proj(asking), attention.k_proj(rows), attention.v_proj(rows)]
-    weight, bias = attention.qkv.weight, attention.qkv.bias
+    multiply, weight, bias = function_of(attention.qkv), attention.qkv.weight, attention.qkv.bias
     if getattr(attention, "q_bias", None) is not None:  # EVA: keys have none
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     width = len(weight) // 3
     if not first:
-        return list(F.linear(rows, weight, bias).split(width, dim=-1))
+        return list(multiply(rows, weight, bias).split(width, dim=-1))
     (w_q, w_kv), (b_q, b_kv) = weight.split((width, 2 * width)), (None, None)
     if bias is not None:
         b_q, b_kv = bias.split((width, 2 * width))
-    return [F.linear(asking, w_q, b_q), *F.linear(rows, w_kv, b_kv).split(width, dim=-1)]
+    return [multiply(asking, w_q, b_q), *multiply(rows, w_kv, b_kv).split(width, dim=-1)]
 
 
 def _heads(attention: Any, q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, bool] | None) -> Queries:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,18 @@ from dino_value import __version__
 from dino_value.arguments import Parser, exit_code
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 
+# Commands with a parser of their own, each a function of the arguments that follow its name.
+DELEGATED = {
+    "eval": (
+        "dino_value.eval.command",
+        "linear, knn, seg, depth, retrieval, all: what the features of runs are worth",
+    ),
+    "language": ("dino_value.language.command", "causal language models: train, eval, decontaminate, probe"),
+    "launch": ("dino_value.slurm.launch", "train or evaluate as a job, on SLURM or in processes here"),
+    "jobs": ("dino_value.slurm.jobs", "the launched jobs: state, last metrics, end of the log"),
+    "sweep": ("dino_value.sweep.command", "search settings by evaluation results (Optuna); goes on after any stop"),
+    "pareto": ("dino_value.pareto", "runs and sweeps in the plane of two metrics: frontier, hypervolume, figure"),
+}
 CHECK_LAYOUTS = ("auto", "ade20k", "nyuv2", "imagefolder", "revisited", "images")
 
 
@@ -21,8 +35,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: list[str]) -> int:
-    if arguments[:1] == ["eval"]:
-        return _evaluate(arguments[1:])
+    if arguments and arguments[0] in DELEGATED:
+        module, _ = DELEGATED[arguments[0]]
+        return int(importlib.import_module(module).main(arguments[1:]))
+    parsed = _parse(arguments)
+    command: Callable[[argparse.Namespace], int] = parsed.command
+    return command(parsed)
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Refuse a `train` or `eval` command that would be refused before it has done anything.
+
+    Raises:
+        UserError: bad flags or settings, or another command.
+    """
+    if arguments[0] == "train":
+        from dino_value.config import load_config
+
+        parsed = _parse(list(arguments))
+        load_config(parsed.config, parsed.overrides)
+    elif arguments[0] == "eval" and len(arguments) > 1:
+        from dino_value.eval.command import build_parser, evaluation
+
+        build_parser(evaluation(arguments[1])).parse_args(list(arguments[2:]))
+    else:
+        raise UserError(f"{' '.join(arguments)}: give a configuration to train, or eval NAME and its flags")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes a list of positionals only once: key=value may also follow an option.
@@ -30,8 +70,7 @@ def _command(arguments: list[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
-    command: Callable[[argparse.Namespace], int] = parsed.command
-    return command(parsed)
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +92,21 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="key=value", help="out=DIR method=value steps=300 optim.lr=1e-4 …"
     )
     train.add_argument("--quiet", action="store_true", help="no progress")
+    train.add_argument("--override", action="store_true", help="go on with a run although its settings are others now")
     train.set_defaults(command=_train)
+
+    compare = commands.add_parser("compare", help="arms against each other, paired by seed, a verdict for each claim")
+    compare.add_argument("spec", metavar="SPEC", help="a YAML file, or a packaged one such as compare/scenes")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="of the specification: out=DIR seeds=5 …")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    compare.set_defaults(command=_compare)
+
+    report = commands.add_parser("report", help="one HTML page about runs: curves, masks, features, evaluations")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders; one method a seed are paired arms"
+    )
+    report.add_argument("--out", type=Path, help="the page (default: RUN/report.html, or runs.html for several)")
+    report.set_defaults(command=_report)
 
     probe = commands.add_parser("probe", help="does V foretell what one step of a run does to held-out feedback?")
     probe.add_argument("run", type=Path, metavar="RUN", help="folder of a run with feedback")
@@ -62,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--seed", type=int, default=0, help="of the unlabeled batches (default: %(default)s)")
     probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe.json)")
     probe.set_defaults(command=_probe)
+
+    replay = commands.add_parser("replay", help="compute again a step whose loss or gradient was not finite")
+    replay.add_argument("file", type=Path, metavar="FILE", help="of RUN/nonfinite")
+    replay.add_argument("overrides", nargs="*", metavar="key=value", help="where data lie now, another device")
+    replay.set_defaults(command=_replay)
 
     export = commands.add_parser("export", help="write a run's backbone for timm, transformers or torch.hub")
     export.add_argument("run", type=Path, metavar="RUN_OR_WEIGHTS", help="a run folder or a weights file")
@@ -85,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
     look.set_defaults(command=_check_data)
 
-    # Only for the help text: main() hands its arguments to the evaluation's own parser.
-    commands.add_parser("eval", help="linear, knn, seg, depth, retrieval or all: what the features of runs are worth")
+    for name, (_, text) in DELEGATED.items():  # only for the help text
+        commands.add_parser(name, help=text)
     return parser
 
 
@@ -101,8 +159,36 @@ def _train(arguments: argparse.Namespace) -> int:
     from dino_value.config import load_config
     from dino_value.train import train
 
-    folder = train(load_config(arguments.config, arguments.overrides), quiet=arguments.quiet)
-    print(folder)
+    config = load_config(arguments.config, arguments.overrides)
+    folder = train(config, quiet=arguments.quiet, override=arguments.override)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(folder)
+    return EXIT_DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from dino_value.compare import compare, load_spec, print_claims, write_page
+
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: at least one")
+    spec = load_spec(arguments.spec, arguments.overrides)
+    results = compare(spec, arguments.jobs)
+    command = " ".join(["dino-value", "compare", arguments.spec, *arguments.overrides])
+    summary = (
+        f"{len(spec.arms)} arms of {spec.config}, continued from one start on one stream with {spec.seeds} paired "
+        "seeds; step 0 is the start itself."
+    )
+    path = write_page(spec, results, f"Comparison: {arguments.spec}", summary, [command])
+    print_claims(spec, results)
+    print(path)
+    return EXIT_DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from dino_value.run_report import report_runs
+
+    default = arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("runs.html")
+    print(report_runs(arguments.runs, arguments.out or default))
     return EXIT_DONE
 
 
@@ -119,6 +205,13 @@ def _probe(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     print_result(found)
     print(path)
+    return EXIT_DONE
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    from dino_value.replay import print_replay, replay
+
+    print_replay(replay(arguments.file, arguments.overrides))
     return EXIT_DONE
 
 
@@ -142,12 +235,6 @@ def _check_data(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.json}: cannot be written ({error.strerror})") from None
     print_report(report)
     return EXIT_DONE if report.usable else EXIT_USER
-
-
-def _evaluate(arguments: Sequence[str]) -> int:
-    from dino_value.eval.command import main as evaluate
-
-    return evaluate(arguments)
 
 
 if __name__ == "__main__":

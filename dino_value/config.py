@@ -24,7 +24,8 @@ from dino_value.errors import UserError
 from dino_value.files import write_text
 from dino_value.value import COMBINATIONS
 
-MASKS = ("unet", "sit")
+MASKS = ("unet", "sit")  # learned
+CONTROLS = ("random_masks", "attention")  # masks that no label and no learning shape
 CLOSED_FORMS = ("weights", "best_of_n")
 
 
@@ -139,7 +140,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    batch_size: int = 256
+    batch_size: int = 256  # of all processes together
     lr: float = 4.15e-6  # ADE20K ViT-B, later text
     lr_end: float = 0.0
     warmup: int = 1000
@@ -149,6 +150,8 @@ class OptimConfig:
     freeze_backbone: int = 0  # steps: a fresh head warms up before it may move the backbone
     layer_decay: float = 1.0  # of lr, from one block to the block before it; 0.9 in DINOv2 (optim.layerwise_decay)
     patch_embed_lr_mult: float = 1.0  # of the patch embedding's lr, besides; 0.2 in DINOv2
+    skip_nonfinite: int = 0  # steps whose loss or gradient is not finite that are left out; one more ends the run
+    accumulate: int = 1  # backward passes that share a step's batch, for less memory; docs/scaling.md
 
 
 @dataclass
@@ -175,7 +178,7 @@ class ValueConfig:
 
 @dataclass
 class DesignerConfig:
-    """A mask generator, a closed form without parameters, or one of each: `unet`, `weights`, `unet+weights`."""
+    """A mask generator or a control, a closed form without parameters, or both: `unet`, `weights`, `unet+weights`."""
 
     name: str = "unet"
     width: int = 16
@@ -193,11 +196,18 @@ class DesignerConfig:
     temperature: float = 1.0  # of `weights`: τ in standard deviations of the terms' values
     weight_clip: float = 10.0  # of `weights`: the largest weight against that of a mean term, and the inverse
     candidates: int = 4  # of `best_of_n`: local crops drawn for each one kept
+    start_from: str | None = None  # a run folder or checkpoint whose mask generator begins this run
+    frozen: bool = False  # the mask generator stays as it is
 
     @property
     def mask(self) -> str | None:
         """The mask generator's name, if there is one."""
         return next((part for part in self.name.split("+") if part in MASKS), None)
+
+    @property
+    def control(self) -> str | None:
+        """The control's name, if there is one."""
+        return next((part for part in self.name.split("+") if part in CONTROLS), None)
 
     @property
     def closed_form(self) -> str | None:
@@ -226,6 +236,7 @@ class FeedbackConfig:
     warmup: int = 100  # head updates before the first g_down: a random head's gradient teaches nothing
     refresh: int = 0  # designer updates for which g_down of the whole meta pool is kept; 0: one meta batch an update
     ema: float = 0.0  # decay of a moving average of g_down; 0: none
+    shuffle: bool = False  # a control: images carry each other's labels
 
 
 @dataclass
@@ -242,18 +253,34 @@ class HealthConfig:
 
 @dataclass
 class CheckpointConfig:
+    """Which checkpoints stay: the last ones, and if asked for some of long ago and the best."""
+
     every: int = 1000
     keep: int = 2
+    keep_every: int = 0  # steps: checkpoints of their multiples stay for good; 0: none
+    best: str | None = None  # a logged number, such as knn_top1: the checkpoint where it was best stays, as best.pt
+    best_mode: str = "max"  # or min
+    background: bool = False  # write from a copy in memory while training goes on
+
+
+@dataclass
+class DistributedConfig:
+    """Several processes, started by torchrun or a cluster's launcher (docs/scaling.md)."""
+
+    timeout: float = 600.0  # seconds that processes wait for each other, at the start and in a step; NCCL's default
 
 
 @dataclass
 class Config:
     out: str = MISSING
-    method: str = "value"  # or baseline, random: the only difference between arms
+    # or baseline; random: φ follows a random direction; adversarial: φ raises the loss (ADIOS, arXiv 2201.13100);
+    # finetune: the labels, head-train and meta, train the backbone, and nothing is self-supervised
+    method: str = "value"
     steps: int = 20_000
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"  # bf16 autocast where the device has it; or bf16, fp32
+    matmul: str = "torch"  # of float32 linear layers on the CPU; or onednn: faster on AMD processors; or auto
     start_from: str | None = None  # a run folder or checkpoint whose teacher, head and centre begin this run
     log_every: int = 10
     data: DataConfig = field(default_factory=DataConfig)
@@ -266,16 +293,35 @@ class Config:
     feedback: FeedbackConfig = field(default_factory=FeedbackConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    @property
+    def designs(self) -> bool:
+        """Does a designer make the learner's task?"""
+        return self.method in ("value", "random", "adversarial")
+
+    @property
+    def learns_masks(self) -> bool:
+        """Is there a mask generator that learns?"""
+        return self.designs and self.designer.mask is not None and not self.designer.frozen
+
+    @property
+    def needs_labels(self) -> bool:
+        """Do labels have a part in this run?"""
+        follows = self.designer.closed_form is not None or (self.learns_masks and self.method != "adversarial")
+        return self.method == "finetune" or (self.designs and follows)
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("value", "baseline", "random"),
+    "method": ("value", "baseline", "random", "adversarial", "finetune"),
     "precision": ("auto", "bf16", "fp32"),
+    "matmul": ("auto", "torch", "onednn"),
     "views.augment": ("kornia", "kornia_compiled", "torchvision"),
     "objective.name": ("dino", "ijepa"),
     "objective.centering": ("mean", "sinkhorn"),
     "objective.gram.level": ("image", "batch"),
     "objective.gram.negatives": ("keep", "clip", "clip_teacher"),
+    "checkpoint.best_mode": ("max", "min"),
     "backbone.attention": ("auto", "sdpa", "math", "xformers", "varlen"),
     "backbone.drop_path_mode": ("timm", "subset"),
     "value.direction": ("dot", "cosine", "adam", "random"),
@@ -293,12 +339,14 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "log_every": 1,
     "optim.batch_size": 2,
+    "optim.accumulate": 1,
     "value.period": 1,
     "value.batch_size": 2,
     "feedback.batch_size": 2,
     "feedback.updates": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
     "health.every": 0,
     "health.images": 2,
     "health.knn_images": 20,
@@ -334,6 +382,7 @@ _AT_LEAST: dict[str, float] = {
     "optim.weight_decay": 0,
     "optim.weight_decay_end": 0,
     "optim.freeze_backbone": 0,
+    "optim.skip_nonfinite": 0,
     "value.burn_in": 0,
     "value.warmup": 0,
     "value.guard_rate": 0,
@@ -358,6 +407,7 @@ _ABOVE_ZERO = {  # each with what the message says of it
     "objective.teacher_temp": "logits are divided by it; DINO uses 0.04",
     "objective.teacher_temp_start": "logits are divided by it; DINO uses 0.04",
     "optim.clip": "it is the largest gradient norm; inf clips nothing",
+    "distributed.timeout": "it is how many seconds processes wait for each other",
     "optim.layer_decay": "it multiplies the learning rate; 1 changes nothing, DINOv2 uses 0.9",
     "value.radius": "it is the step of the finite difference; null chooses it",
     "value.tolerance": "it is a relative error; the default is 5e-2",
@@ -396,8 +446,19 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """
     # designer=weights is short for designer.name=weights.
     overrides = [re.sub(r"^designer=(?!\s*\{)", "designer.name=", part) for part in overrides]
+    config = load_structured(source, overrides, Config)
+    assert isinstance(config, Config)
+    return check(config)
+
+
+def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], schema: type) -> Any:
+    """A YAML file, or a packaged one by name, with `key=value` overrides, as the dataclass `schema`; not yet checked.
+
+    Raises:
+        UserError: as `load_config`.
+    """
     try:
-        loaded = OmegaConf.load(_find(source))
+        loaded = OmegaConf.load(find_config(source))
         given = OmegaConf.from_dotlist(list(overrides))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
@@ -407,14 +468,12 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{source}: expected keys and values at the top level")
     for tree in (loaded, given):
-        _refuse_unknown(OmegaConf.to_container(tree), Config, "")
+        _refuse_unknown(OmegaConf.to_container(tree), schema, "", schema)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded, given)
-        config = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), loaded, given)
+        return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
-    assert isinstance(config, Config)
-    return check(config)
 
 
 def check(config: Config) -> Config:
@@ -434,6 +493,7 @@ def check(config: Config) -> Config:
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(number, float) and not math.isfinite(number) and (key, number) != ("optim.clip", math.inf):
                 raise UserError(f"{key}={value}: must be finite")
+    _check_accumulate(config)
     _check_koleo(config)
     for key, least in _AT_LEAST.items():
         if get(key) < least:
@@ -456,18 +516,19 @@ def check(config: Config) -> Config:
     if not 0 < config.designer.keep_ratio < 1:
         raise UserError(f"designer.keep_ratio={config.designer.keep_ratio}: must lie between 0 and 1")
     _check_designer(config.designer.name)
+    _check_roles(config)
     heads = max(1, config.designer.width // 32)
     if config.designer.mask == "sit" and (config.designer.width % 4 or config.designer.width % heads):
         raise UserError(
             f"designer.width={config.designer.width}: designer.name=sit needs a multiple of 4 that its heads (one for "
             f"every 32 channels, {heads} here) divide; choose a multiple of 32, for example {32 * heads}"
         )
-    if config.value.direction == "adam" and config.value.burn_in == 0 and config.method != "baseline":
+    if config.value.direction == "adam" and config.value.burn_in == 0 and config.designs:
         raise UserError(
             "value.direction=adam reads the state of the learner's optimizer, which is empty before the first step; "
             "set value.burn_in to 1 or more"
         )
-    if config.value.diagnose and config.method != "baseline":
+    if config.value.diagnose and config.designs and config.needs_labels:
         for kind, path in (("seg", config.data.ade20k), ("depth", config.data.nyuv2)):
             task: TaskConfig = getattr(config.feedback, kind)
             if path is not None and task.weight and not task.held:
@@ -485,6 +546,12 @@ def check(config: Config) -> Config:
             f"objective.teacher_temp={config.objective.teacher_temp} is not below student_temp="
             f"{config.objective.student_temp}: the teacher would not sharpen; DINO uses 0.04 and 0.1"
         )
+    warms_up = config.objective.teacher_temp_warmup > 1
+    if warms_up and config.objective.teacher_temp_start >= config.objective.student_temp:
+        raise UserError(
+            f"objective.teacher_temp_start={config.objective.teacher_temp_start} is not below student_temp="
+            f"{config.objective.student_temp}: the teacher would not sharpen at first; begin lower, DINO at 0.04"
+        )
     if config.health.knn is not None and not config.health.every:
         raise UserError(
             f"health.knn={config.health.knn} is measured every health.every steps, which is 0: set it, for example "
@@ -494,7 +561,7 @@ def check(config: Config) -> Config:
         raise UserError(f"objective.head is DINO's: objective.name={config.objective.name} has none; leave it out")
     if config.objective.head is not None and config.start_from is not None:
         raise UserError("start_from has a head of its own: leave out objective.head, or give backbone.weights instead")
-    if config.method != "baseline" and not (config.data.ade20k or config.data.nyuv2):
+    if config.needs_labels and not (config.data.ade20k or config.data.nyuv2):
         raise UserError(f"method={config.method} needs labels: give data.ade20k=PATH and/or data.nyuv2=PATH")
     return config
 
@@ -539,10 +606,18 @@ def _check_objective(config: Config) -> None:
         )
 
 
+def _check_accumulate(config: Config) -> None:
+    size, passes = config.optim.batch_size, config.optim.accumulate
+    if passes > 1 and size % passes:
+        raise UserError(
+            f"optim.accumulate={passes} passes cannot share optim.batch_size={size} equally; choose a divisor of it"
+        )
+
+
 def _check_koleo(config: Config) -> None:
     """Before the bounds, whose message would not say why."""
-    sizes = {"optim.batch_size": config.optim.batch_size}
-    if config.method != "baseline":
+    sizes = {"optim.batch_size": config.optim.batch_size // max(1, config.optim.accumulate)}
+    if config.designs:
         sizes["value.batch_size"] = config.value.batch_size
     for key, size in sizes.items():
         if config.objective.koleo and size < 2:
@@ -554,15 +629,30 @@ def _check_koleo(config: Config) -> None:
 
 def _check_designer(name: str) -> None:
     parts = name.split("+")
-    kinds = [[part for part in parts if part in kind] for kind in (MASKS, CLOSED_FORMS)]
+    kinds = [[part for part in parts if part in kind] for kind in (MASKS + CONTROLS, CLOSED_FORMS)]
     if sum(map(len, kinds)) != len(parts) or any(len(found) > 1 for found in kinds):
         raise UserError(
-            f"designer.name={name}: choose {', '.join(MASKS + CLOSED_FORMS)}, or a mask generator and a closed form as "
-            f"in {MASKS[0]}+{CLOSED_FORMS[0]}"
+            f"designer.name={name}: choose {', '.join(MASKS + CONTROLS + CLOSED_FORMS)}, or "
+            f"masks and a closed form as in {MASKS[0]}+{CLOSED_FORMS[0]}"
         )
 
 
-def save_config(config: Config, path: Path) -> None:
+def _check_roles(config: Config) -> None:
+    """What a method asks of the designer, and what a designer has no use for."""
+    d = config.designer
+    if config.method == "adversarial" and (not config.learns_masks or d.closed_form):
+        raise UserError(
+            f"method=adversarial needs a mask generator that learns: choose designer.name={MASKS[0]}, not frozen"
+        )
+    if config.designs and d.mask is None:
+        for key, given in (("designer.start_from", d.start_from is not None), ("designer.frozen", d.frozen)):
+            if given:
+                raise UserError(f"{key}: designer.name={d.name} has no mask generator; leave it out")
+    if d.control == "attention" and d.crops == "all":
+        raise UserError("designer.name=attention looks at global crops: set designer.crops=global")
+
+
+def save_config(config: Any, path: Path) -> None:
     """The resolved configuration as YAML, complete or not at all."""
     write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
@@ -581,7 +671,12 @@ def _packaged_folder() -> Path:
     return Path(str(resources.files("dino_value"))).parent / "configs"
 
 
-def _find(source: str | os.PathLike[str]) -> Path:
+def find_config(source: str | os.PathLike[str]) -> Path:
+    """The file `source`, or the packaged one of that name, with or without its ending.
+
+    Raises:
+        UserError: there is neither.
+    """
     path = Path(source)
     if path.is_file():
         return path
@@ -593,7 +688,7 @@ def _find(source: str | os.PathLike[str]) -> Path:
     raise UserError(f"{source}: no such configuration file; packaged ones: {', '.join(known)}")
 
 
-def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
+def _refuse_unknown(given: Any, schema: type, prefix: str, root: type) -> None:
     if not isinstance(given, dict):
         raise UserError(
             f"{prefix.rstrip('.') or 'configuration'}: expected a section of keys and values, got {given!r}"
@@ -601,7 +696,7 @@ def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
     sections = {item.name: item for item in fields(schema)}
     for key, value in given.items():
         if key not in sections:
-            known = _all_keys(Config, "")
+            known = _all_keys(root, "")
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)
             raise UserError(f"unknown configuration key {prefix}{key}; did you mean {near[0]}?")
         default = sections[key].default
@@ -612,7 +707,7 @@ def _refuse_unknown(given: Any, schema: type, prefix: str) -> None:
         factory: Any = sections[key].default_factory
         inner = type(factory()) if callable(factory) else None
         if inner is not None and is_dataclass(inner):
-            _refuse_unknown(value, inner, f"{prefix}{key}.")
+            _refuse_unknown(value, inner, f"{prefix}{key}.", root)
 
 
 def _all_keys(schema: type, prefix: str) -> list[str]:

@@ -1,12 +1,17 @@
 """What the command line turns into one line and an exit code."""
 
 EXIT_DONE = 0
+EXIT_LOST = 1  # another process of the group is gone
 EXIT_USER = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message says what was wrong, where, and what to do."""
+
+
+class ProcessLost(Exception):
+    """Another process of the group has ended or gone silent. The message says which."""
 
 
 class Interrupted(Exception):

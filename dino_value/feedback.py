@@ -10,25 +10,44 @@ from torch.func import functional_call
 
 from dino_value.backbones import Backbone
 from dino_value.config import Config, TaskConfig
-from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, open_labelled, split_by_group
+from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, Shuffled, open_labelled, split_by_group
 from dino_value.data.sampling import Cursor, Stream, key
+from dino_value.data.splits import split_apart, split_record
+from dino_value.distributed import gather, own_part, world
 from dino_value.errors import UserError
-from dino_value.heads import LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
+from dino_value.heads import IGNORE, LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
 from dino_value.optim import FiniteGuard
-from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, mean_gradient
+from dino_value.parts import WHOLE
+from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, average, mean_gradient
 
 LAYOUTS: dict[str, Layout] = {"seg": "ade20k", "depth": "nyuv2"}
 
 
 class FeedbackTask:
-    """One kind of label: a head, its optimizer, and two streams that share no image and no group of images."""
+    """One kind of label: a head, its optimizer, and two streams that share no image and no group of images, and none
+    with `evaluation`."""
 
     def __init__(
-        self, kind: str, source: LabelledSource, settings: TaskConfig, config: Config, dim: int, device: torch.device
+        self,
+        kind: str,
+        source: LabelledSource,
+        settings: TaskConfig,
+        config: Config,
+        dim: int,
+        device: torch.device,
+        evaluation: LabelledSource | None = None,
     ) -> None:
         self.kind, self.weight, self.guard, self.source = kind, settings.weight, settings.guard, source
         counts = (settings.train, settings.meta, settings.held)
-        self.train_indices, self.meta_indices, self.held_indices = split_by_group(source, counts, config.seed)
+        parts, self.excluded = split_by_group(source, counts, config.seed), list[int]()
+        if evaluation is not None:
+            parts, self.excluded = split_apart(source, counts, config.seed, evaluation)
+        self.train_indices, self.meta_indices, self.held_indices = parts
+        self.seed = config.seed
+        if config.method == "finetune":  # all labels that the other methods see
+            self.train_indices = self.train_indices + self.meta_indices
+        if config.feedback.shuffle:
+            source = Shuffled(source, key(config.seed, "shuffle", kind))
         self.head = build_head(f"{kind}_{settings.head}", dim, source.num_classes)
         size = (config.feedback.size, config.feedback.size)
         workers = 0 if config.data.in_memory else min(1, config.data.workers)
@@ -37,13 +56,13 @@ class FeedbackTask:
             data = LabelledDataset(source, indices, size=size, flip=True)
             # All of a pool smaller than a batch is a batch, but for the heads, whose batch norm wants what it was told.
             batch = config.feedback.batch_size if name == "train" else min(config.feedback.batch_size, len(indices))
-            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers)
+            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers, own_part())
 
         self.train_stream, self.meta_stream = stream("train", self.train_indices), stream("meta", self.meta_indices)
         if isinstance(
             self.head, LinearBNDepthHead
         ):  # from the mean depth, which would take thousands of steps to learn
-            depths = self.train_stream.batch(0)[1]
+            depths = self.train_stream.batch(0, WHOLE)[1]
             if (depths > 0).any():
                 self.head.start_at(float(depths[depths > 0].mean()))
         self.head.to(device)
@@ -57,6 +76,12 @@ class FeedbackTask:
         """L_down: cross-entropy (seg) or L1 in metres (depth), from patch features [B N D]."""
         predicted = self.head(feature_map(patches, grid))
         return segmentation_loss(predicted, labels) if self.kind == "seg" else depth_loss(predicted, labels)
+
+    def splits(self) -> dict[str, Any]:
+        """Which images the task uses for what; see `split_record`."""
+        parts = {"train": self.train_indices, "meta": self.meta_indices, "held": self.held_indices}
+        record = split_record(self.source, parts, self.seed, self.excluded)
+        return record | {"skipped": getattr(self.source, "skipped", [])}
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"refreshed": self.refreshed, "average": self.average}
@@ -100,10 +125,11 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
             "training",
             group_pattern=config.data.group_pattern if kind == "seg" else None,
             neighbours=config.data.neighbours,
+            skip_unreadable=config.data.skip_unreadable,
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(config.seed, "head", kind))
-            task = FeedbackTask(kind, source, settings, config, dim, device)
+            task = FeedbackTask(kind, source, settings, config, dim, device, evaluation_split(kind, path))
         tasks.append(task)
     if not any(not task.guard for task in tasks):
         raise UserError(
@@ -112,15 +138,31 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
     return tasks
 
 
+def evaluation_split(kind: str, path: str) -> LabelledSource | None:
+    """The images that the run will be judged by; None where there are none yet, or the embedded ones, which differ."""
+    if path == "scenes":
+        return None
+    try:
+        return open_labelled(LAYOUTS[kind], path, "validation")
+    except UserError:
+        return None
+
+
 def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:
-    """One step of the head on a head-train batch, the backbone frozen; returns the loss, detached."""
+    """One step of the head on a head-train batch, the backbone frozen; returns the loss, detached.
+
+    Each process runs the backbone on its part of the batch. The head's own step, little work, every process takes on
+    all of it: its batch norm sees the whole batch, and the heads stay equal.
+    """
     images, labels = (part.to(device, non_blocking=True) for part in task.train.next())
     number = task.train.count - 1
     with torch.no_grad():
-        features = backbone(backbone.normalise(images))
+        features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
+    size = task.train_stream.batch_size
+    patches, labels = gather(features.patches[: len(labels)].float(), size), gather(labels, size)
     task.head.train()
     with torch.autocast(device.type, enabled=False):
-        loss = task.loss(features.patches.float(), features.grid, labels)
+        loss = task.loss(patches, features.grid, labels)
     task.optimizer.zero_grad()
     loss.backward()
 
@@ -163,8 +205,11 @@ def held_gradients(task: FeedbackTask, backbone: Backbone, scope: Scope, device:
 def batch_gradient(
     task: FeedbackTask, batch: tuple[Tensor, ...], backbone: Backbone, scope: Scope, device: torch.device
 ) -> tuple[Gradient, Tensor]:
-    """∇_{θ_S} L_down on one labelled batch, and the loss; both detached. The head is in inference mode."""
-    images, labels = (part.to(device, non_blocking=True) for part in batch)
+    """∇_{θ_S} L_down on one labelled batch, and the loss; both detached. The head is in inference mode.
+
+    Of several processes each has its part, and all get the whole batch's: L_down is a mean over valid pixels.
+    """
+    images, labels = never_empty(task, *(part.to(device, non_blocking=True) for part in batch))
     views = backbone.normalise(images)
     task.head.eval()
     leaves = {name: value.requires_grad_() for name, value in scope.parameters(backbone).items()}
@@ -173,4 +218,59 @@ def batch_gradient(
     with torch.autocast(device.type, enabled=False):
         features = functional_call(backbone, leaves, (state,), {"start": scope.start or 0})
         loss = task.loss(features.patches, features.grid, labels)
-    return list(torch.autograd.grad(loss, list(leaves.values()))), loss.detach()
+    found = [*torch.autograd.grad(loss, list(leaves.values())), loss.detach()]
+    if world() > 1:
+        valid = (labels != IGNORE if task.kind == "seg" else labels > 0).sum().to(loss.dtype)
+        *found, count = average([*torch._foreach_mul(found, valid), valid])
+        torch._foreach_div_(found, count.clamp_min(1 / world()))
+    return found[:-1], found[-1]
+
+
+def never_empty(task: FeedbackTask, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, or where more processes share a batch than it has images one image without a valid label, which counts
+    for nothing."""
+    if len(images):
+        return images, labels
+    blank = IGNORE if task.kind == "seg" else 0
+    return images.new_zeros(1, *images.shape[1:]), labels.new_full((1, *labels.shape[1:]), blank)
+
+
+class Labels:
+    """The feedback tasks as the objective of a fine-tuning: heads and backbone follow the labels together."""
+
+    def __init__(self, config: Config, dim: int, device: torch.device) -> None:
+        self.device, self.warmup = device, config.feedback.warmup
+        self.feedback = open_feedback(config, dim, device)
+
+    def warm_up(self, backbone: Backbone, guard: FiniteGuard) -> None:
+        """Fit the heads first, as the other methods do before they take a gradient from them."""
+        for task in self.feedback:
+            for _ in range(self.warmup):
+                fit_head(task, backbone, self.device, guard)
+
+    def losses(self, backbone: Backbone) -> dict[str, Tensor]:
+        """L_down of each task on its next batch; the heads are in training mode."""
+        found = {}
+        for task in self.feedback:
+            images, labels = (part.to(self.device, non_blocking=True) for part in task.train.next())
+            features = backbone(backbone.normalise(images))
+            task.head.train()
+            with torch.autocast(self.device.type, enabled=False):
+                found[f"loss_{task.kind}"] = task.loss(features.patches.float(), features.grid, labels)
+        return found
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """Σ α L_down."""
+        return torch.stack([task.weight * losses[f"loss_{task.kind}"] for task in self.feedback]).sum()
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of the heads."""
+        return [task.optimizer for task in self.feedback]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {task.kind: task.state_dict() for task in self.feedback}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for task in self.feedback:
+            task.load_state_dict(state[task.kind], self.device)

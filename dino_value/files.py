@@ -4,25 +4,55 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` in one step: a kill, or a full disk, leaves the old file or the new one, and nothing beside it.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; after the block its content is on the disk and takes the place of `path` in
+    one step. A kill, a full disk or an error leaves the old file or the new one; `sweep` removes what a kill leaves.
 
     Raises:
-        OSError: the disk refused it.
+        OSError: the disk refused it; nothing is left of the attempt.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _flush(temporary)
         os.replace(temporary, path)
+        _flush(path.parent)  # the new name itself
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what kills in the middle of `replacing` left in `folder`; no other process may be writing there."""
+    for torn in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", torn.name) and torn.is_file():
+            torn.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` in one step: a kill, or a full disk, leaves the old file or the new one.
+
+    Raises:
+        OSError: the disk refused it; nothing is left of the attempt.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,48 +86,105 @@ def update_ema(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: f
     torch._foreach_lerp_(list(teacher), list(student), 1 - momentum)
 
 
+class Evidence(NamedTuple):
+    """What a step was computed from: its number and its batch."""
+
+    step: int
+    batch: Sequence[Tensor]
+
+
+class NotFinite(UserError):
+    """A step was refused because of terms that are not finite; nothing of it was applied.
+
+    `terms` are all that were watched with their values, `evidence` what they came from where that is known.
+    """
+
+    def __init__(self, message: str, terms: dict[str, float], evidence: Evidence | None) -> None:
+        super().__init__(message)
+        self.terms, self.evidence = terms, evidence
+
+
+class _Pending(NamedTuple):
+    names: list[str]
+    values: Tensor
+    arrived: torch.cuda.Event | None
+    message: Callable[[str], str]
+    evidence: Evidence | None  # of a step that may be skipped
+
+
 class FiniteGuard:
     """Keeps a step that is not finite from being applied, while the host does not wait for the device.
 
     The fused optimizers skip their update on the device where `found_inf` is set (the hook that gradient scaling uses).
-    The host reads the same flags when they have arrived: at once on a CPU, a step later on a GPU.
+    The host reads the same values when they have arrived: at once on a CPU, a step later on a GPU.
+
+    Args:
+        allowed: skippable steps that are left out before one is an error.
     """
 
-    def __init__(self) -> None:
-        self._pending: deque[tuple[list[str], Tensor, torch.cuda.Event | None, Callable[[str], str]]] = deque()
+    def __init__(self, allowed: int = 0) -> None:
+        self.allowed, self.skipped = allowed, 0
+        self.on_skip: Callable[[NotFinite], None] = lambda refused: None
+        self._pending: deque[_Pending] = deque()
 
     def watch(self, optimizer: torch.optim.Optimizer, message: Callable[[str], str], **terms: Tensor) -> None:
         """Before `optimizer.step()`: watch the scalars `terms`; `message` makes the error of the names of bad ones."""
-        bad = ~torch.stack([term.detach().float() for term in terms.values()]).isfinite()
-        found = bad.any().float()
-        optimizer.found_inf = torch.maximum(found, getattr(optimizer, "found_inf", found))  # type: ignore[attr-defined]
-        event = None
-        if bad.is_cuda:
-            bad = torch.empty(len(terms), dtype=torch.bool, pin_memory=True).copy_(bad, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending.append((list(terms), bad, event, message))
+        self._watch(optimizer, message, terms, None)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
+    def watch_skippable(
+        self, optimizer: torch.optim.Optimizer, message: Callable[[str], str], evidence: Evidence, **terms: Tensor
+    ) -> None:
+        """`watch` of a step that may be left out; `evidence` is kept until the host has read the values."""
+        self._watch(optimizer, message, terms, evidence)
+
+    def _watch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        message: Callable[[str], str],
+        terms: dict[str, Tensor],
+        evidence: Evidence | None,
+    ) -> None:
+        values = torch.stack([term.detach().float() for term in terms.values()])
+        found = (~values.isfinite()).any().float()
+        optimizer.found_inf = torch.maximum(found, getattr(optimizer, "found_inf", found))  # type: ignore[attr-defined]
+        arrived = None
+        if values.is_cuda:
+            values = torch.empty(len(terms), pin_memory=True).copy_(values, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._pending.append(_Pending(list(terms), values, arrived, message, evidence))
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
         """Step `optimizer` unless a term watched since its last step is not finite.
 
+        Returns:
+            Whether the host has just read of a step that was left out.
+
         Raises:
-            UserError: as `check`.
+            NotFinite: as `check`.
         """
+        before = self.skipped
         self.check()
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
+        return self.skipped > before
 
     def check(self, wait: bool = False) -> None:
-        """Read the flags that have arrived, or with `wait` all of them.
+        """Read the values that have arrived, or with `wait` all of them.
 
         Raises:
-            UserError: the message of the first step that was not finite; nothing of it was applied.
+            NotFinite: the first step that was not finite and may not be skipped; nothing of it was applied.
         """
-        while self._pending and (wait or self._pending[0][2] is None or self._pending[0][2].query()):
-            names, bad, event, message = self._pending.popleft()
-            if event is not None:
-                event.synchronize()
-            found = [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]
-            if found:
-                raise UserError(message(" and ".join(found)))
+        while self._pending and (wait or self._pending[0].arrived is None or self._pending[0].arrived.query()):
+            watched = self._pending.popleft()
+            if watched.arrived is not None:
+                watched.arrived.synchronize()
+            terms = dict(zip(watched.names, watched.values.tolist(), strict=True))
+            bad = [name for name, value in terms.items() if not math.isfinite(value)]
+            if not bad:
+                continue
+            refused = NotFinite(watched.message(" and ".join(bad)), terms, watched.evidence)
+            if watched.evidence is None or self.skipped >= self.allowed:
+                raise refused
+            self.skipped += 1
+            self.on_skip(refused)

@@ -67,7 +67,7 @@ def probe_run(folder: Path, trials: int = 32, held: int = 64, seed: int = 0) -> 
     if not config_file.is_file():
         raise UserError(f"{folder}: not a run folder (no config.yaml)")
     config = load_config(config_file, [f"out={folder}"])
-    if config.method == "baseline":
+    if not (config.designs and config.needs_labels):
         raise UserError(f"{folder}: a baseline run has no feedback; probe a run of method=value or method=random")
     for task in (config.feedback.seg, config.feedback.depth):
         task.held = max(task.held, held)

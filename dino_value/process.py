@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dino_value.config import Config
+from dino_value.distributed import own_device
 from dino_value.errors import UserError
 
 
@@ -20,7 +21,8 @@ def choose_device(name: str) -> torch.device:
         UserError: a device that is not here.
     """
     try:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        device = torch.device(own_device(name))
         if device.type not in ("cpu", "cuda"):
             raise UserError(f"device={name}: choose cpu, cuda, cuda:1, … or auto")
         torch.empty(0, device=device)
@@ -35,8 +37,13 @@ def choose_device(name: str) -> torch.device:
 
 def use_bfloat16(config: Config, device: torch.device) -> bool:
     """Whether the learner's passes run under bfloat16 autocast."""
-    if config.precision != "auto":
-        return config.precision == "bf16"
+    return bfloat16(config.precision, device)
+
+
+def bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether `precision` (auto, bf16 or fp32) means bfloat16 autocast on `device`."""
+    if precision != "auto":
+        return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     # Without the instructions bfloat16 is emulated, and slower than float32.
@@ -49,7 +56,7 @@ def stop_requests() -> Iterator[Any]:
     requested: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        if requested and number == signal.SIGINT:
+        if number == signal.SIGINT and signal.SIGINT in requested:
             raise KeyboardInterrupt
         requested.append(number)
 

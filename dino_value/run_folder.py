@@ -12,18 +12,22 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.checkpoint import latest_checkpoint
-from dino_value.config import Config, save_config
+from dino_value.config import HealthConfig, save_config
 from dino_value.errors import UserError
-from dino_value.files import write_json
+from dino_value.files import sweep, write_json
 from dino_value.track import read_metrics
 
 
-def prepare_folder(config: Config, folder: Path) -> None:
-    """Create the run folder, or see that it holds this very run.
+def prepare_folder(config: Any, folder: Path, override: bool = False) -> list[str]:
+    """Create the run folder, or see that it holds this very run; with `override` a run of other settings takes these.
+
+    Returns:
+        The settings that change now, one line each.
 
     Raises:
         UserError: not writable, in use by something else, or holding a run of other settings (differences named).
     """
+    differences: list[str] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved = folder / "config.yaml"
@@ -34,27 +38,40 @@ def prepare_folder(config: Config, folder: Path) -> None:
             differences = _differences(OmegaConf.load(saved), now)
             # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
             begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)
-            if differences and not begun and (strangers or not _is_config(saved)):
+            if differences and not begun and (strangers or not _is_config(saved, type(config))):
                 raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
-            if differences and begun:
+            if differences and begun and not override:
+                more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
                 raise UserError(
-                    f"out={folder} holds a run with other settings ({'; '.join(differences[:4])}); choose another out="
+                    f"out={folder} holds a run with other settings ({'; '.join(differences[:8])}{more}); choose "
+                    "another out=, or go on with the new ones by --override"
                 )
+            differences = differences if begun else []
         elif strangers:
             raise UserError(f"out={folder} is not empty and not a run folder; choose another out=")
         save_config(config, saved)
-    except (YAMLError, OmegaConfBaseException):
+        for place in (folder, folder / "checkpoints"):
+            sweep(place)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError):
         raise UserError(f"{folder / 'config.yaml'}: not a run's configuration; choose another out=") from None
     except OSError as error:
         raise UserError(f"out={folder}: cannot be written ({error.strerror}); choose another out=") from None
+    return differences
 
 
 def record_environment(folder: Path, found: dict[str, Any]) -> None:
-    """environment.json: what the run began with, and under `resumed` what it went on with."""
+    """environment.json: what the run began with, and under `resumed` what it went on with.
+
+    Raises:
+        UserError: there is one, and it is damaged.
+    """
     path = folder / "environment.json"
     if path.exists():
-        first = json.loads(path.read_text())
-        found = {**first, "resumed": [*first.get("resumed", []), found]}
+        try:
+            first = json.loads(path.read_bytes())
+            found = {**first, "resumed": [*first.get("resumed", []), found]}
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{path}: not what a run writes; remove it, and the run goes on") from None
     write_json(path, found)
 
 
@@ -62,19 +79,25 @@ _OURS = {
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "splits.json",
     "checkpoints",
+    "nonfinite",
     "backbone.safetensors",
+    "learner",
     "results",
     "export",
     "report.html",
+    "report_figures",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.
-_FREE = {"out", "device", "log_every", "data.workers", "checkpoint.every", "checkpoint.keep"}
+_FREE = {"out", "device", "log_every", "data.workers", "distributed.timeout", "optim.skip_nonfinite"} | {
+    f"health.{item.name}" for item in fields(HealthConfig)
+}
 
 
-def _is_config(path: Path) -> bool:
+def _is_config(path: Path, schema: type) -> bool:
     saved = OmegaConf.load(path)
-    return isinstance(saved, DictConfig) and {str(key) for key in saved} <= {item.name for item in fields(Config)}
+    return isinstance(saved, DictConfig) and {str(key) for key in saved} <= {item.name for item in fields(schema)}
 
 
 def _differences(old: Any, new: Any) -> list[str]:
@@ -91,5 +114,5 @@ def _differences(old: Any, new: Any) -> list[str]:
     return [
         f"{name}: {before.get(name)} there, {after.get(name)} now"
         for name in sorted({*before, *after} - _FREE)
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) and not name.startswith("checkpoint.")
     ]

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_value.config import Config
+from dino_value.checkpoint import load_checkpoint, snapshot
+from dino_value.config import Config, packaged
 from dino_value.data.sampling import Cursor, Source, Stream, generator, key
-from dino_value.designers import DESIGNERS, RandomMasks, sparsity, total_variation
+from dino_value.designers import DESIGNERS, AttentionMasks, RandomMasks, sparsity, total_variation
+from dino_value.distributed import from_first, own_part
 from dino_value.errors import UserError
 from dino_value.feedback import downstream_gradient, fit_head, held_gradients, open_feedback
+from dino_value.objectives.collectives import alone
 from dino_value.objectives.interface import Draw, Objective, Parts, State
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.optim import FiniteGuard
+from dino_value.parts import WHOLE, Part
 from dino_value.steps import Learner, SSLTask, Tail, Views, constant, design_views, make_views
 from dino_value.track import Meters
 from dino_value.value import (
@@ -36,6 +40,7 @@ from dino_value.value import (
     ValueStep,
     adam,
     alignment,
+    average,
     best_of,
     check_engine,
     check_method,
@@ -76,6 +81,7 @@ class Steer:
         autocast: Callable[[], torch.autocast],
     ) -> None:
         self.config, self.guard, self.meters, self.autocast = config, guard, meters, autocast
+        self.part = own_part()
         self.device = device = next(student.parameters()).device
         self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
         backbone = student.backbone
@@ -85,15 +91,12 @@ class Steer:
             check_method(config.value.combine)
 
         torch.manual_seed(key(config.seed, "designer"))
-        d = config.designer
-        self.designer: nn.Module | None = None
+        self.designer = open_designer(config, teacher)
         self.designer_optimizer: torch.optim.Optimizer | None = None
-        if d.mask:
-            self.designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio).to(device)
-            self.designer_optimizer = torch.optim.AdamW(
-                self.designer.parameters(), lr=d.lr, weight_decay=0.0, fused=True
-            )
-        self.feedback = open_feedback(config, backbone.embed_dim, device)
+        if self.designer is not None and config.learns_masks:
+            phi = self.designer.parameters()
+            self.designer_optimizer = torch.optim.AdamW(phi, lr=config.designer.lr, weight_decay=0.0, fused=True)
+        self.feedback = open_feedback(config, backbone.embed_dim, device) if config.needs_labels else []
         self.guards = {task.kind: Guard(config.value.guard_rate) for task in self.feedback if task.guard}
         # No image of the g_down batches may be among those of g_pre.
         held = {task.source.name(index) for task in self.feedback for index in task.meta_indices + task.held_indices}
@@ -104,6 +107,7 @@ class Steer:
             config.seed,
             "meta unlabeled",
             workers,
+            self.part,
         )
         self.meta = Cursor(self.meta_stream)
         self.updates = 0
@@ -112,6 +116,7 @@ class Steer:
         self.direction: Gradient | None = None  # the last u, which the closed forms follow between updates
         self.clip_scale = torch.ones((), device=device)  # what clipping left of the learner's last gradient
         self.notes: list[str] = []  # for the log
+        self._before: tuple[int, dict[str, Any]] = (-1, {})
 
     # What φ makes of the learner's task
 
@@ -120,7 +125,9 @@ class Steer:
         """What the learner sees at `step`: the views as they are during burn-in, or without a mask generator."""
         if self.designer is None or step < self.config.value.burn_in:
             return views
-        learned, masks = design_views(self.designer, views, self.config.designer, key(self.config.seed, "fill", step))
+        torch.manual_seed(key(self.config.seed, "masks", step))  # of masks that are drawn
+        seed = key(self.config.seed, "fill", step)
+        learned, masks = design_views(self.designer, views, self.config.designer, seed, self.part)
         self.meters.add(mask_mean=masks.mean())
         return learned
 
@@ -187,8 +194,11 @@ class Steer:
     def update_if_due(self, step: int, temperature: float) -> None:
         """The updates of φ that come before learner step `step`: one every r steps after burn-in, more at its end."""
         v = self.config.value
+        if not (self.config.needs_labels or self.config.learns_masks):
+            return
         since = step - v.burn_in
         if since >= 0 and since % v.period == 0:
+            self._before = step, snapshot(self.state_dict())
             for _ in range(1 + (v.warmup if since == 0 else 0)):
                 with self.autocast():
                     self.update(step, temperature)
@@ -202,7 +212,7 @@ class Steer:
         """
         # No pass of an update may give θ a gradient, or differ from the next by what stochastic depth has drawn.
         with constant(self.student), evaluating(self.student):
-            self._update(step, temperature)
+            (self._oppose if self.config.method == "adversarial" else self._update)(step, temperature)
 
     def _update(self, step: int, temperature: float) -> None:
         config, number, backbone = self.config, self.updates, self.student.backbone
@@ -214,17 +224,19 @@ class Steer:
         gradients = {kind: gradient for kind, (gradient, _) in found.items()}
         g_down = self._g_down(gradients)
         direction = self._direction({kind: gradients[kind] for kind in self.guards})
-        views = make_views(backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number)
+        views = make_views(
+            backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number, self.part
+        )
         task = self._task(views, temperature, self.designer)
         parameters = self.scope.parameters(backbone)
         if number == 0:
             self._check(views, temperature, parameters, gradients, g_down)
 
-        with torch.set_grad_enabled(self.designer is not None):
+        with torch.set_grad_enabled(self.designer_optimizer is not None):
             hidden = task.trunk()
         metrics = {f"loss_{kind}": loss for kind, (_, loss) in found.items()}
-        if self.designer is None:
-            g_pre = pre_gradient(task, hidden, parameters)
+        if self.designer_optimizer is None:
+            g_pre = average(pre_gradient(task, hidden, parameters))
             direction(g_down, g_pre)
             metrics |= ValueStep.of(g_down, g_pre)._asdict()
         else:
@@ -249,13 +261,40 @@ class Steer:
         assert self.designer is not None
         assert self.designer_optimizer is not None
         assert task.masks is not None
-        d, phi = self.config.designer, list(self.designer.parameters())
+        phi = list(self.designer.parameters())
         self.designer_optimizer.zero_grad()
-        penalty = d.lambda_spars * sparsity(task.masks, d.keep_ratio) + d.lambda_tv * total_variation(task.masks)
+        penalty = self._penalty(task.masks)
         found = value_step(task, parameters, g_down, direction, self._engine(), phi, penalty, hidden)
         length = torch.nn.utils.clip_grad_norm_(phi, self.config.optim.clip)
         spread = task.masks.detach().std((-1, -2)).mean()
         return found._asdict() | {"designer_gradient_norm": length, "mask_spread": spread}
+
+    def _penalty(self, masks: Tensor) -> Tensor:
+        """λR(φ), method section 3."""
+        d = self.config.designer
+        return d.lambda_spars * sparsity(masks, d.keep_ratio) + d.lambda_tv * total_variation(masks)
+
+    def _oppose(self, step: int, temperature: float) -> None:
+        """A step of φ on −L_pre + λR: masks that make the task as hard as they can (ADIOS)."""
+        assert self.designer is not None
+        assert self.designer_optimizer is not None
+        config, number, backbone = self.config, self.updates, self.student.backbone
+        torch.manual_seed(key(config.seed, "designer step", number))
+        views = make_views(backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number)
+        task, phi = self._task(views, temperature, self.designer), list(self.designer.parameters())
+        self.designer_optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = task.tail(task.trunk(), self.scope.parameters(backbone))
+            assert task.masks is not None
+            (self._penalty(task.masks) - loss).backward(inputs=phi)
+        length = torch.nn.utils.clip_grad_norm_(phi, config.optim.clip)
+        metrics = {"opposed_loss": loss.detach(), "designer_gradient_norm": length}
+        self.guard.watch(
+            self.designer_optimizer, lambda bad: not_finite(step, bad, self.meta_stream, number), **metrics
+        )
+        self.guard.step(self.designer_optimizer)
+        self.updates += 1
+        self.meters.add(**metrics, mask_spread=task.masks.detach().std((-1, -2)).mean())
 
     def _g_down(self, gradients: dict[str, Gradient]) -> Gradient:
         """One g_down of the tasks that are not guards; in the random arm a Gaussian of its norms."""
@@ -299,11 +338,18 @@ class Steer:
             task.weigh = lambda *arguments: self._weights(*arguments)[0]
         return task
 
-    def _task(self, views: Views, temperature: float, designer: nn.Module | None, seed: int | None = None) -> SSLTask:
+    def _task(
+        self,
+        views: Views,
+        temperature: float,
+        designer: nn.Module | None,
+        seed: int | None = None,
+        part: Part | None = None,
+    ) -> SSLTask:
         seed = key(self.config.seed, "meta fill", self.updates) if seed is None else seed
-        return SSLTask(
-            self.student, self.teacher, self.loss, temperature, designer, views, self.config.designer, self.scope, seed
-        )
+        part = self.part if part is None else part
+        d, scope = self.config.designer, self.scope
+        return SSLTask(self.student, self.teacher, self.loss, temperature, designer, views, d, scope, seed, part)
 
     def _engine(self) -> Engine:
         assert self.engine_name is not None
@@ -322,14 +368,23 @@ class Steer:
         Raises:
             UserError: no.
         """
-        tolerance = self.config.value.tolerance
         for kind, gradient in gradients.items():
             with refusing(f"feedback.{kind}"):
                 check_start(gradient)
-        if self.designer is None:
+        if self.designer is None or self.designer_optimizer is None:
             return
-        task, phi = self._task(views.first(CHECK_IMAGES), temperature, self.designer), list(self.designer.parameters())
-        with refusing("value.engine"):
+        found = from_first(lambda: self._choose(views.first(CHECK_IMAGES), temperature, parameters, g_down))
+        self.engine_name, self.radius, note = found
+        self.notes.append(note)
+
+    def _choose(
+        self, views: Views, temperature: float, parameters: dict[str, Tensor], g_down: Gradient
+    ) -> tuple[str | None, float, str]:
+        """Engine and radius, and what to say of them; of these images alone, whatever other processes do."""
+        assert self.designer is not None
+        tolerance, phi = self.config.value.tolerance, list(self.designer.parameters())
+        task = self._task(views, temperature, self.designer, part=WHOLE)
+        with refusing("value.engine"), alone():
             if self.config.value.radius is None and self.engine_name != "double_backward":
                 self.radius, _ = choose_radius(task, parameters, g_down, phi)
             if self.engine_name is None:
@@ -339,7 +394,8 @@ class Steer:
         with refusing("designer"):
             check_start(g_down, task.masks)
         at = f" at radius {self.radius:.0e}" if self.engine_name == "finite_difference" else ""
-        self.notes.append(f"engine {self.engine_name}{at}: relative error {error:.1e} on {task.views.batch} images")
+        note = f"engine {self.engine_name}{at}: relative error {error:.1e} on {task.views.batch} images"
+        return self.engine_name, self.radius, note
 
     def _watch(self, step: int, number: int, metrics: dict[str, Tensor]) -> None:
         """Have the guard refuse the next step of φ, or without φ of the learner, if a term is not finite."""
@@ -361,7 +417,7 @@ class Steer:
         held = {task.kind: held_gradients(task, backbone, self.scope, self.device) for task in self.feedback}
         targets = [task for task in self.feedback if not task.guard]
         g_held = combine([mean_gradient(held[task.kind]) for task in targets], [task.weight for task in targets])
-        noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size)
+        noise = RandomMasks(config.designer.keep_ratio, backbone.patch_size, self.part)
         gain = value_gain(
             self.task(views, temperature),
             self.task(views, temperature, designed=False),
@@ -373,14 +429,20 @@ class Steer:
         for name, found in gain._asdict().items():
             metrics |= {f"held_value_{name}": found.value, f"held_cosine_{name}": found.cosine}
         metrics |= {f"split_half_{kind}": split_half(parts) for kind, parts in held.items() if len(parts) > 1}
-        if self.designer is not None:
-            few = self._task(views.first(CHECK_IMAGES), temperature, self.designer)
+        if self.designer is not None and self.designer_optimizer is not None:
+            few = self._task(views.first(CHECK_IMAGES), temperature, self.designer, part=WHOLE)
             phi = list(self.designer.parameters())
-            error = engine_error(few, parameters, g_held, phi, self._engine())
+            with alone():  # of several processes, the mean of their errors is logged
+                error = engine_error(few, parameters, g_held, phi, self._engine())
             metrics["engine_error"] = torch.tensor(error, device=self.device)
         if len(gradients) > 1:
             metrics["task_cosine"] = task_alignment(gradients)[0, 1]
         return metrics
+
+    def state_before(self, step: int) -> dict[str, Any]:
+        """`state_dict` as it was when the present learner step, `step`, began: to compute that step again."""
+        number, state = self._before
+        return state if number == step else self.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -392,8 +454,9 @@ class Steer:
             "feedback": {task.kind: task.state_dict() for task in self.feedback},
             "guards": {kind: guard.state_dict() for kind, guard in self.guards.items()},
         }
-        if self.designer is not None and self.designer_optimizer is not None:
+        if self.designer is not None and self.config.designer.mask:
             state["designer"] = self.designer.state_dict()
+        if self.designer_optimizer is not None:
             state["optimizer"] = self.designer_optimizer.state_dict()
         return state
 
@@ -407,8 +470,9 @@ class Steer:
             task.load_state_dict(state["feedback"][task.kind], self.device)
         for kind, guard in self.guards.items():
             guard.load_state_dict(state["guards"][kind])
-        if self.designer is not None and self.designer_optimizer is not None:
+        if self.designer is not None and self.config.designer.mask:
             self.designer.load_state_dict(state["designer"])
+        if self.designer_optimizer is not None:
             self.designer_optimizer.load_state_dict(state["optimizer"])
 
 
@@ -453,6 +517,36 @@ def engines(radius: float) -> dict[str, Engine]:
     }
 
 
+def open_designer(config: Config, teacher: Learner) -> nn.Module | None:
+    """What makes masks, if anything does; with `designer.start_from`, as another run left it.
+
+    Raises:
+        UserError: that run has no mask generator, or one of other sizes.
+    """
+    d, backbone = config.designer, teacher.backbone
+    if d.control == "random_masks":
+        return RandomMasks(d.keep_ratio, backbone.patch_size)
+    if d.control == "attention":
+        size, device = config.views.global_size, next(teacher.parameters()).device
+        backbone.class_attention(torch.zeros(1, 3, size, size, device=device))  # refuse now what cannot be read
+        return AttentionMasks(d.keep_ratio, backbone.class_attention)
+    if d.mask is None:
+        return None
+    designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio).to(next(teacher.parameters()).device)
+    if d.start_from is not None:
+        state = load_checkpoint(packaged(d.start_from)).get("steer", {}).get("designer")
+        if state is None:
+            raise UserError(f"designer.start_from={d.start_from}: this run has no mask generator")
+        try:
+            designer.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"designer.start_from={d.start_from}: of another architecture than designer.name={d.name}, width="
+                f"{d.width}, depth={d.depth}, stride={d.stride}: {' '.join(str(error).split())[:200]}"
+            ) from None
+    return designer
+
+
 def open_scope(config: Config, backbone: nn.Module, final_norm: str) -> Scope:
     """S of the student's backbone.
 
@@ -470,7 +564,11 @@ def check_sizes(config: Config, patch_size: int) -> None:
     """
     d = config.designer
     if config.feedback.size % patch_size:
-        raise UserError(f"feedback.size={config.feedback.size}: not a multiple of the patch size {patch_size}")
+        near = max(config.feedback.size // patch_size, 1) * patch_size
+        raise UserError(
+            f"feedback.size={config.feedback.size}: not a multiple of the patch size {patch_size}; choose {near} or "
+            f"{near + patch_size}"
+        )
     sizes = [config.views.global_size] + [config.views.local_size] * (d.crops == "all")
     if d.mask and any(size % d.stride for size in sizes):
         raise UserError(f"designer.stride={d.stride}: must divide the views' sizes {sizes}")

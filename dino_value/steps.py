@@ -20,6 +20,7 @@ from dino_value.objectives.ijepa import IJEPA, PredictorSizes
 from dino_value.objectives.interface import Draw, Objective, Parts, State
 from dino_value.objectives.self_distillation import IBOT, Gram, HeadSizes, SelfDistillation
 from dino_value.optim import update_ema
+from dino_value.parts import WHOLE, Part
 from dino_value.value import Scope
 
 
@@ -133,6 +134,10 @@ class Views(NamedTuple):
         """The views of the first `count` images."""
         return Views(*(group.unflatten(0, (-1, self.batch))[:, :count].flatten(0, 1) for group in self))
 
+    def part(self, part: Part) -> Views:
+        """The views of a part of the images."""
+        return Views(part.rows(self.large, 2), part.rows(self.small, len(self.small) // self.batch))
+
 
 def make_views(
     backbone: Backbone,
@@ -142,28 +147,37 @@ def make_views(
     seed: int,
     name: str,
     number: int,
+    part: Part = WHOLE,
 ) -> Views:
-    """Augmented, normalised views of batch `number` of a stream; crops are uint8 [2 B 3 H W] and [N B 3 h w]."""
+    """Augmented, normalised views of batch `number` of a stream; crops, of a part of it, are uint8 [2 B 3 H W] and
+    [N B 3 h w]."""
     large, small = (group.to(device, non_blocking=True) for group in crops)
     with torch.autocast(device.type, enabled=False):
-        return Views(*(backbone.normalise(group) for group in augment(large, small, settings, seed, name, number)))
+        return Views(
+            *(backbone.normalise(group) for group in augment(large, small, settings, seed, name, number, part=part))
+        )
 
 
-def design(designer: nn.Module, views: Tensor, config: DesignerConfig, seed: int) -> tuple[Tensor, Tensor]:
-    """Learned views [n 3 H W] and their masks [n 1 H W]; with φ's graph unless called under no_grad."""
+def design(
+    designer: nn.Module, views: Tensor, config: DesignerConfig, seed: int, part: Part = WHOLE, count: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Learned views [n 3 H W], `count` of each image of a part of the batch, and their masks [n 1 H W]; with φ's graph
+    unless called under no_grad."""
     with torch.autocast(views.device.type, enabled=False):  # small, and its gradient is: float32 throughout
         masks = designer(views)
         with torch.no_grad():
-            fill = fill_in(views, config.fill, config.blur_sigma, generator(seed, "fill"))
+            fill = fill_in(views, config.fill, config.blur_sigma, generator(seed, "fill"), part, count)
         return learned_views(views, masks, fill), masks
 
 
-def design_views(designer: nn.Module, views: Views, config: DesignerConfig, seed: int) -> tuple[Views, Tensor]:
+def design_views(
+    designer: nn.Module, views: Views, config: DesignerConfig, seed: int, part: Part = WHOLE
+) -> tuple[Views, Tensor]:
     """The learned views of a batch, and the masks [2B 1 H W] of its global crops; local crops only when asked."""
-    large, masks = design(designer, views.large, config, seed)
+    large, masks = design(designer, views.large, config, seed, part)
     small = views.small
     if config.crops == "all" and len(small):
-        small, _ = design(designer, small, config, seed + 1)
+        small, _ = design(designer, small, config, seed + 1, part, len(small) // views.batch)
     return Views(large, small), masks
 
 
@@ -206,7 +220,8 @@ class SSLTask:
 
     Both learners' parameters are constants of the trunk, and all but S of the tail: no graph ever reaches θ. Without a
     `designer` the views are seen as they are. `weigh`, if it is set, gives the loss's terms constant weights, from
-    (states, targets, draw). What is random about masks and objective follows from `seed`.
+    (states, targets, draw). What is random about masks and objective follows from `seed`, for all of the batch of which
+    `views` are a `part`.
     """
 
     def __init__(
@@ -220,10 +235,12 @@ class SSLTask:
         config: DesignerConfig,
         scope: Scope,
         seed: int,
+        part: Part = WHOLE,
     ) -> None:
         self.student, self.teacher, self.loss, self.temperature = student, teacher, loss, temperature
+        self.part = part
         self.designer, self.views, self.config, self.scope, self.seed = designer, views, config, scope, seed
-        self.draw: Draw = loss.draw(views.large, student.backbone.patch_size, generator(seed, "objective"))
+        self.draw: Draw = loss.draw(views.large, student.backbone.patch_size, generator(seed, "objective"), part)
         self.masks: Tensor | None = None
         self.weigh: Callable[[Sequence[State], Parts, Draw], Parts | None] | None = None
         self._weights: Parts | None = None
@@ -235,7 +252,7 @@ class SSLTask:
         """Student states at the scope's first block, one a crop size, and then the targets."""
         designed = self.views
         if self.designer is not None:
-            designed, self.masks = design_views(self.designer, self.views, self.config, self.seed)
+            designed, self.masks = design_views(self.designer, self.views, self.config, self.seed, self.part)
         seen = designed.large if self.config.teacher_views == "masked" else self.views.large
         with constant(self.student, self.teacher):
             with torch.set_grad_enabled(self.config.through_teacher and torch.is_grad_enabled()):

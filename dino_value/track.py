@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from dino_value.files import write_text
+from dino_value.value import average
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -36,8 +37,13 @@ class Meters:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def average(self) -> None:
+        """Replace the sums by their means over processes; to call on all of them."""
+        self._sums = dict(zip(self._sums, average(list(self._sums.values())), strict=True))
+
     def read(self) -> dict[str, float]:
-        """The means since the last reading, in one transfer; empties the meters."""
+        """The means since the last reading, over processes too, in one transfer; empties the meters."""
+        self.average()
         if not self._sums:
             return {}
         names = list(self._sums)
@@ -75,15 +81,17 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, if it has any; a line torn by a kill is left out."""
+    """The rows of a run's metrics.jsonl, if it has any; a line torn by a kill, or damaged, is left out."""
     rows: list[dict[str, Any]] = []
     if not (folder / METRICS_NAME).exists():
         return rows
-    for line in (folder / METRICS_NAME).read_text().splitlines():
+    for line in (folder / METRICS_NAME).read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
     return rows
 
 
@@ -93,6 +101,7 @@ _SHOWN = {
     "rankme": "RankMe {:.1f}",
     "knn_top1": "k-NN {:.1%}",
     "images_per_second": "{:.4g} images/s",
+    "tokens_per_second": "{:.4g} tokens/s",
     "data_wait": "{:.0%} waiting for data",
 }
 

@@ -147,18 +147,30 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UserError: the file is absent, unreadable, or holds no tensors.
     """
+    return read_weights(path)[0]
+
+
+def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """`read_tensors`, and the metadata beside them: a .safetensors file's, or what a checkpoint of ours says of its
+    positions; None of any other pickle.
+
+    Raises:
+        UserError: as `read_tensors`.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
     if path.suffix == ".safetensors":
-        read_header(path)  # says what is wrong with a damaged one
+        header = read_header(path)  # says what is wrong with a damaged one
         content: Any = load_file(path)
     else:
         content = read_pickle(path)
+        own = isinstance(content, dict) and "objective" in content and "positions" in content
+        header = {"positions": json.dumps(content["positions"])} if own else None
     tensors = network(content)
     if not tensors:
         raise UserError(f"{path}: holds no tensors")
-    return tensors
+    return tensors, header
 
 
 def network(content: Any) -> dict[str, Tensor]:
@@ -191,9 +203,11 @@ def recognise(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = 
     """Whose layout these names are; transformers' are changed into those of the code it follows.
 
     DINO's backbone and timm's ViT have the same names. A pickle (`header` None) without a classifier is then taken for
-    DINO's, as its backbone-only files are; they differ in how positions are interpolated.
+    DINO's, as its backbone-only files are; they differ in how positions are interpolated. A checkpoint of our own is
+    timm's with `backbone.model.` before it.
     """
     whole = any(name.startswith("backbone.") for name in tensors)
+    ours = any(name.startswith("backbone.model.") for name in tensors)
     body = {
         _PREFIX.sub("", name.removeprefix("backbone.")): value
         for name, value in tensors.items()
@@ -217,6 +231,8 @@ def recognise(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = 
         kind, positions = "DINOv2", PLAIN if library else DINO
     elif library:
         kind, positions = "ViT", PLAIN
+    elif ours:
+        kind, positions = "timm", TIMM
     elif whole or (header is None and "head.weight" not in body and not scaled and "reg_token" not in body):
         kind, positions = "DINO", DINO
     else:
@@ -375,7 +391,11 @@ def _of_width(name: str, width: int | None) -> str:
         width or 0
     )
     other = size and _known(re.sub(r"^vit_[a-z0-9]+(?=_)", f"vit_{size}", name))
-    return f"use {other}" if other else f"use a model of width {width} (backbone.kwargs.embed_dim={width})"
+    return (
+        f"use {other}"
+        if other and other != name
+        else f"use a model of width {width} (backbone.kwargs.embed_dim={width})"
+    )
 
 
 def _known(name: str) -> str | None:

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,16 @@ import torch
 
 from dino_value.arguments import Parser
 from dino_value.backbones import Backbone, load_backbone
-from dino_value.data.labelled import LabelledSource, Layout, open_labelled
+from dino_value.data.labelled import LabelledSource, Layout, Split, Subset, open_labelled
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 from dino_value.eval import EVALUATIONS, intervals, output
-from dino_value.eval.common import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, readable, timed
+from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed
+from dino_value.linear import choose_matmul, use_onednn
 from dino_value.track import environment
 
 Pair = tuple[LabelledSource, LabelledSource]
+SHOWN = 5
+"""Reasons for leaving something out that are printed, of a split."""
 
 
 def evaluation(name: str) -> Evaluation[Any]:
@@ -73,13 +76,22 @@ def parse_share(text: str) -> float:
     return share
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help, of flags that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default == ()
+        return action.help if unset or action.nargs == 0 else super()._get_help_string(action)
+
+
 def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     """The flags that every evaluation has, and its own; the defaults are the published protocol."""
+    switch = argparse.BooleanOptionalAction
     defaults = found.defaults
     parser = Parser(
         f"dino-value eval {found.name}",
         description=found.description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     parser.add_argument(
         "weights",
@@ -103,15 +115,23 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser.add_argument("--batch", default=defaults.batch, type=int, help="images per head update and forward pass")
     parser.add_argument("--seed", default=defaults.seed, type=int, help="of every random choice")
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present")
+    parser.add_argument("--matmul", default="torch", help="on the CPU: torch, onednn or auto (docs/speed.md)")
     parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images")
     parser.add_argument("--save-images", default=0, type=int, metavar="N", help="draw the first N predictions")
-    parser.add_argument("--skip-unreadable", action="store_true", help="go on without items that cannot be read")
+    parser.add_argument(
+        "--skip-unreadable", action=switch, default=False, help="go on without items that cannot be read"
+    )
     if isinstance(defaults, HeadOptions):
         parser.add_argument("--steps", default=defaults.steps, type=int, help="head updates")
         parser.add_argument("--lr", default=defaults.lr, type=float, help="the head's peak learning rate")
-        parser.add_argument("--augment", action="store_true", help="mirror at random; features are computed each step")
+        parser.add_argument("--weight-decay", default=defaults.weight_decay, type=float, help="of the head")
+        parser.add_argument(
+            "--augment", action=switch, default=False, help="mirror at random; features are computed each step"
+        )
         parser.add_argument("--cache-gb", default=defaults.cache_gb, type=float, help="RAM for frozen features")
-        parser.add_argument("--resume", action="store_true", help="go on with a head training that was stopped")
+        parser.add_argument(
+            "--resume", action=switch, default=False, help="go on with a head training that was stopped"
+        )
     found.flags(parser)
     return parser
 
@@ -120,20 +140,33 @@ def open_pair(layout: Layout) -> Any:
     """An `Evaluation.open` for sources of `layout`: one to train on and one held out."""
 
     def open_sources(arguments: argparse.Namespace) -> Pair:
-        training = open_labelled(layout, arguments.data, "training")
-        validation = open_labelled(layout, arguments.data, "validation")
-        if not arguments.skip_unreadable:
-            return training, validation
-        (training, lost), (validation, missed) = readable(training), readable(validation)
-        for error in (lost + missed)[:5]:
-            print(f"left out: {error}", file=sys.stderr)
-        arguments.unreadable = {"training": len(lost), "validation": len(missed)}
-        return training, validation
+        return open_split(layout, arguments, "training"), open_split(layout, arguments, "validation")
 
     return open_sources
 
 
-def describe_pair(data: Pair) -> dict[str, int]:
+def open_split(
+    layout: Layout, arguments: argparse.Namespace, split: Split, group_pattern: str | None = None
+) -> LabelledSource:
+    """One split; with `--skip-unreadable` without what cannot be read."""
+    source = open_labelled(
+        layout, arguments.data, split, group_pattern=group_pattern, skip_unreadable=arguments.skip_unreadable
+    )
+    if isinstance(source, Subset):
+        count_skipped(arguments, split, source.skipped)
+    return source
+
+
+def count_skipped(arguments: argparse.Namespace, part: str, reasons: Sequence[str]) -> None:
+    """Say what is left out, and keep how many for results.json."""
+    for reason in reasons[:SHOWN]:
+        print(f"left out: {reason}", file=sys.stderr)
+    if len(reasons) > SHOWN:
+        print(f"left out: {len(reasons) - SHOWN} more of {part}", file=sys.stderr)
+    arguments.unreadable = {**getattr(arguments, "unreadable", {}), part: len(reasons)}
+
+
+def describe_pair(data: Pair) -> dict[str, Any]:
     """An `Evaluation.describe` for `open_pair`."""
     return {"training": len(data[0]), "validation": len(data[1])}
 
@@ -172,7 +205,21 @@ def run(found: Evaluation[Any], argv: Sequence[str]) -> int:
         output.print_comparison(f"{found.name} on {arguments.data}", rows)
         content = {name: compared(found.headline, one, next(iter(scored.values()))) for name, one in scored.items()}
         output.write_results(arguments.out / "comparison.json", {found.name: content})
+    remove_states([arguments])
     return EXIT_DONE
+
+
+def folders(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Where each checkpoint's results go."""
+    names = unique_names(arguments.weights)
+    return {name: arguments.out if len(names) == 1 else arguments.out / name for name in names}
+
+
+def remove_states(calls: Iterable[argparse.Namespace]) -> None:
+    """Trained heads are kept until all of a command is done: with `--resume` none is trained twice."""
+    for out in (out for arguments in calls for out in folders(arguments).values()):
+        for state in out.glob(".*.pt"):
+            state.unlink()
 
 
 def run_each(found: Evaluation[Any], arguments: argparse.Namespace) -> dict[str, Scored]:
@@ -180,14 +227,12 @@ def run_each(found: Evaluation[Any], arguments: argparse.Namespace) -> dict[str,
     device = pick_device(arguments.device)
     if device.type == "cpu":
         torch.set_flush_denormal(True)
-    names = unique_names(arguments.weights)
     scored: dict[str, Scored] = {}
     data = None
-    for name, weights in zip(names, arguments.weights, strict=True):
+    for (name, out), weights in zip(folders(arguments).items(), arguments.weights, strict=True):
         options, backbone = prepare(found, arguments, weights)
         if data is None:
             data = found.open(arguments)
-        out = arguments.out if len(names) == 1 else arguments.out / name
         output.prepare_folder(out)
         if isinstance(options, HeadOptions):
             options = replace(options, state=out, resume=arguments.resume, origin=identity(weights))
@@ -205,6 +250,8 @@ def prepare(found: Evaluation[Any], arguments: argparse.Namespace, weights: str)
     }
     size = arguments.size or found.defaults.size
     backbone = load_backbone(weights, model=arguments.model, img_size=max(size), min_match=arguments.min_match)
+    if choose_matmul(arguments.matmul, pick_device(arguments.device)) == "onednn":
+        use_onednn(backbone)
     if arguments.size is None:
         patch = backbone.patch_size
         size = tuple(max(1, round(side / patch)) * patch for side in size)
@@ -253,14 +300,16 @@ def run_one(
     about = {
         "evaluation": found.name,
         "interval": {name: list(ends) for name, ends in scored.intervals.items()},
-        "interval_of": f"95 %, percentile bootstrap over {len(result.rows)} images, {intervals.RESAMPLES} resamples",
+        "interval_of": f"95 %, percentile bootstrap over {len(result.rows)} {result.unit}, "
+        f"{intervals.RESAMPLES} resamples",
         "backbone": {"path": str(weights), "name": backbone.name},
         "data": {"path": str(arguments.data), **found.describe(data)},
         "settings": {key: value for key, value in asdict(options).items() if key not in NOT_SETTINGS},
         "seconds": round(spent["total"], 2),
         "phases": {name: round(seconds, 2) for name, seconds in result.seconds.items()},
-        "images_per_second": round(len(result.rows) / max(score_seconds, 1e-9), 2),
+        "images_per_second": round((result.images or len(result.rows)) / max(score_seconds, 1e-9), 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "matmul": choose_matmul(arguments.matmul, device),
         "torch": torch.__version__,
         "environment": environment(options.seed, device),
         **result.about,
@@ -272,8 +321,6 @@ def run_one(
         from dino_value.eval.pictures import write_pictures
 
         write_pictures(out / "pictures", result.pictures)
-    for state in out.glob(".*.pt"):
-        state.unlink()
     print(f"{found.name}: {weights} on {arguments.data}")
     output.print_table(result.metrics, scored.intervals)
     return scored
@@ -331,7 +378,8 @@ def run_all(argv: Sequence[str]) -> int:
     parser = Parser(
         "dino-value eval all",
         description="Every evaluation whose data is given. NAME.flag=value sets a flag of one evaluation, "
-        "flag=value of all that have it: seg.steps=300 device=cpu augment=true",
+        "flag=value of all that have it: seg.steps=300 device=cpu flip=true depth.eigen-crop=false "
+        "retrieval.data=ROOT retrieval.set=roxford5k",
     )
     parser.add_argument("weights", metavar="RUN_OR_WEIGHTS", nargs="*", help="run folders or weights files")
     for layout in layouts:
@@ -346,6 +394,7 @@ def run_all(argv: Sequence[str]) -> int:
         raise UserError("eval all: no checkpoint given; see dino-value eval all --help")
     flags = split_settings(settings, every)
     jobs = {name: getattr(parsed, f"data_{found.layout}") or parsed.data for name, found in every.items()}
+    jobs |= {name: given[given.index("--data") + 1] for name, given in flags.items() if "--data" in given}
     jobs = {name: data for name, data in jobs.items() if data}
     if not jobs:
         raise UserError(f"eval all: no data given; add {' or '.join(f'--data-{layout}' for layout in layouts)}")
@@ -367,7 +416,8 @@ def run_all(argv: Sequence[str]) -> int:
         for one, found in scored.items():
             rows[one] |= shown(name, headline, found, first)
     output.write_results(parsed.out / "comparison.json", content)
-    output.print_comparison("all evaluations, [95 % interval over images]", transpose(rows))
+    output.print_comparison("all evaluations [95 % interval]", transpose(rows))
+    remove_states(calls.values())
     return EXIT_DONE
 
 
@@ -386,8 +436,8 @@ def split_settings(settings: Sequence[str], every: Mapping[str, Evaluation[Any]]
     Raises:
         UserError: no evaluation has it.
     """
-    known = {
-        name: set(vars(build_parser(found).parse_args(["w", "--data", "", "--out", ""])))
+    actions = {
+        name: {action.dest: action for action in build_parser(found)._actions if action.option_strings}
         for name, found in every.items()
     }
     flags: dict[str, list[str]] = {name: [] for name in every}
@@ -395,10 +445,15 @@ def split_settings(settings: Sequence[str], every: Mapping[str, Evaluation[Any]]
         key, _, value = setting.partition("=")
         target, dot, flag = key.partition(".")
         names, flag = ([target], flag) if dot else (list(every), key)
-        takers = [name for name in names if flag.replace("-", "_") in known.get(name, ())]
+        takers = [name for name in names if flag.replace("-", "_") in actions.get(name, ())]
         if not takers:
             raise UserError(f"{setting}: no evaluation has this flag; choose NAME.flag=value with {', '.join(every)}")
         option = f"--{flag.replace('_', '-')}"
         for name in takers:
-            flags[name] += [option] if value == "true" else [option, *value.split(",")]
+            if isinstance(actions[name][flag.replace("-", "_")], argparse.BooleanOptionalAction):
+                if value not in ("true", "false"):
+                    raise UserError(f"{setting}: choose true or false")
+                flags[name].append(option if value == "true" else option.replace("--", "--no-", 1))
+            else:
+                flags[name] += [option, *value.split(",")]
     return flags

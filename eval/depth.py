@@ -8,6 +8,7 @@ Eigen et al. (2014) did. The two differ (the root of a mean is not the mean of r
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -243,12 +244,12 @@ def depth_metrics(prediction: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 
 
 def flags(parser: Any) -> None:
-    defaults = EVALUATION.defaults
+    defaults, switch = EVALUATION.defaults, argparse.BooleanOptionalAction
     parser.add_argument("--head", default=defaults.head, choices=list(HEADS))
-    parser.add_argument("--no-eigen-crop", dest="eigen_crop", action="store_false", help="score the whole image")
+    parser.add_argument("--eigen-crop", default=defaults.eigen_crop, action=switch, help="score its region only")
     parser.add_argument("--min-depth", default=defaults.min_depth, type=float, help="metres")
     parser.add_argument("--max-depth", default=defaults.max_depth, type=float, help="metres")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored image's prediction")
+    parser.add_argument("--flip", default=False, action=switch, help="average with the mirrored image's prediction")
     parser.add_argument(
         "--average", default=defaults.average, choices=["image", "pixel"], help="over images, or over all pixels"
     )

@@ -90,11 +90,13 @@ def measure(backbone: Backbone, data: command.Pair, options: LinearOptions) -> c
     about: dict[str, Any] = {}
     with common.frozen(backbone, POOLS[options.pool], options) as extractor:
         with common.timed(seconds, "fit"):
+            memory = None
             if options.lrs:
-                chosen, tried = choose_lr(extractor, training, options)
+                memory = common.remember(extractor, training_set(training, options), options)
+                chosen, tried = choose_lr(extractor, training, options, memory)
                 about["chosen_lr"] = {"lr": chosen, "held_out_top1": tried, "images": round(HELD_OUT * len(training))}
                 options = replace(options, lr=chosen, lrs=())
-            reader, head = fit(extractor, training, options)
+            reader, head = fit(extractor, training, options, memory)
         with common.timed(seconds, "score"):
             result = score(reader, head, validation, options)
     result.seconds, result.about = seconds, about
@@ -135,6 +137,10 @@ class CentreCropped:
         return image[:, top : top + self.size[0], left : left + self.size[1]], label
 
 
+def training_set(source: LabelledSource, options: LinearOptions) -> CentreCropped:
+    return CentreCropped(source, options.size, options.crop_share, options.augment)
+
+
 def new_head(backbone: Backbone, classes: int, options: LinearOptions) -> nn.Module:
     """The head's first weights: a function of the seed."""
     width = backbone.embed_dim * options.blocks * (2 if options.pool == "cls+mean" else 1)
@@ -142,11 +148,17 @@ def new_head(backbone: Backbone, classes: int, options: LinearOptions) -> nn.Mod
 
 
 def choose_lr(
-    extractor: common.FrozenBackbone, source: LabelledSource, options: LinearOptions
+    extractor: common.FrozenBackbone,
+    source: LabelledSource,
+    options: LinearOptions,
+    memory: common.Memory | None = None,
 ) -> tuple[float, dict[str, float]]:
     """The learning rate whose head does best on a held-out tenth of the training split, and what each did there.
 
-    Features are extracted once, and all heads fitted at once: same first weights, same batches, their own steps.
+    All heads are fitted at once: same first weights, same batches, their own steps.
+
+    Args:
+        memory: the features of the training split, if they are kept.
 
     Raises:
         UserError: too few images; every head diverges.
@@ -159,15 +171,25 @@ def choose_lr(
     heads = [new_head(extractor.backbone, source.num_classes, options) for _ in options.lrs]
     together = LinearBNHeads([head for head in heads if isinstance(head, LinearBNHead)]).to(extractor.device)
     groups = [(list(head.parameters()), lr) for head, lr in zip(together.heads, options.lrs, strict=True)]
-    dataset = CentreCropped(rest, options.size, options.crop_share, options.augment)
-    common.train_head(extractor, together, heads_loss, rest, options, dataset=dataset, groups=groups, stage="choice")
-    hits = torch.zeros(len(options.lrs), device=extractor.device)
+    common.train_head(
+        extractor,
+        together,
+        heads_loss,
+        rest,
+        options,
+        dataset=training_set(rest, options),
+        memory=None if memory is None else memory.subset(order[held:]),
+        groups=groups,
+        stage="choice",
+    )
     with torch.no_grad():
-        for images, labels in common.in_order(
-            CentreCropped(aside, options.size, options.crop_share), options, "choosing"
-        ):
-            found = together(extractor(images)).argmax(2)
-            hits += (found == torch.stack(labels).to(extractor.device)).sum(1)
+        if memory is None:
+            features, labels = common.extract(
+                extractor, CentreCropped(aside, options.size, options.crop_share), options, "choosing"
+            )
+        else:
+            features, labels = memory.batch(order[:held], extractor.device)
+        hits = (together(features).argmax(2) == labels).sum(1)
     diverged = [not all(bool(value.isfinite().all()) for value in head.parameters()) for head in together.heads]
     shares = [0.0 if bad else share for bad, share in zip(diverged, (hits / held).tolist(), strict=True)]
     # The smallest of those that do best.
@@ -179,15 +201,20 @@ Extractor = Any
 
 
 def fit(
-    extractor: common.FrozenBackbone, source: LabelledSource, options: LinearOptions
+    extractor: common.FrozenBackbone,
+    source: LabelledSource,
+    options: LinearOptions,
+    memory: common.Memory | None = None,
 ) -> tuple[Extractor, nn.Module]:
     """A reader of images and a trained module on what it reads: frozen features and the head, or hidden states and
     the last blocks with the head.
     """
     head = new_head(extractor.backbone, source.num_classes, options).to(extractor.device)
-    dataset = CentreCropped(source, options.size, options.crop_share, options.augment)
+    dataset = training_set(source, options)
     if not options.finetune_blocks:
-        return extractor, common.train_head(extractor, head, classification_loss, source, options, dataset=dataset)
+        return extractor, common.train_head(
+            extractor, head, classification_loss, source, options, dataset=dataset, memory=memory
+        )
     trunk = Trunk(extractor, options.finetune_blocks)
     tail = Tail(trunk, options.finetune_blocks, head)
     groups = [(list(head.parameters()), options.lr), (tail.trained, options.backbone_lr)]

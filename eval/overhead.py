@@ -11,24 +11,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import functools
-import gc
-import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -36,10 +28,21 @@ from torch.func import functional_call
 
 from dino_value.arguments import Parser
 from dino_value.config import Config, load_config
-from dino_value.data.scenes import scenes
 from dino_value.designers import sparsity, total_variation
 from dino_value.errors import EXIT_DONE, UserError
 from dino_value.eval import common
+from dino_value.eval.benchmarks.timing import (
+    CLOCKS,
+    Case,
+    check_clock,
+    peak_memory,
+    processor,
+    spread,
+    take_turns,
+    timed,
+    within,
+    write_data,
+)
 from dino_value.feedback import downstream_gradient
 from dino_value.process import use_bfloat16
 from dino_value.steer import Steer
@@ -59,17 +62,7 @@ from dino_value.value import (
 
 PERIODS = (1, 2, 4, 8, 16)
 STRIDES = (1, 4)
-CLASSES = 150  # of ADE20K: the head's loss at full resolution is a part of the cost
-_WORK = "measured work"
 DIFFERENCE, REFERENCE = "finite_difference", "double_backward"
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to measure: `prepare` does the set-up and returns the work that counts."""
-
-    name: str
-    prepare: Callable[[], Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -80,113 +73,6 @@ class Target:
     reference: str
     time: float | None = None
     memory: float | None = None
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Most bytes alive at once beyond those at the start: of tensors, and (on Linux) of the process."""
-
-    tensors: int
-    resident: int | None
-
-
-# --- measuring
-
-
-def take_turns(cases: Sequence[Case], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each case in each round, after one that does not count; every other round goes backwards."""
-    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
-    for number in range(rounds + 1):
-        for case in cases if number % 2 else reversed(cases):
-            taken = timed(case.prepare(), device)
-            if number:
-                seconds[case.name].append(taken)
-    return seconds
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of `work`, what it queued on the device included."""
-    _wait(device)
-    start = time.perf_counter()
-    work()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(case: Case, device: torch.device) -> Memory:
-    """On CUDA by the allocator's own peak. On the CPU from the profiler's record of every allocation, which is exact
-    for tensors; and as a second opinion the process's high-water mark, which also holds scratch space of the kernels,
-    and what the C library keeps of freed blocks."""
-    gc.collect()
-    if device.type != "cuda":
-        return Memory(peak_tensors(case), peak_resident(case.prepare()))
-    work = case.prepare()
-    _wait(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    work()
-    _wait(device)
-    return Memory(torch.cuda.max_memory_allocated(device) - before, None)
-
-
-def peak_tensors(case: Case) -> int:
-    """How far the bytes of CPU tensors rise above those alive when the work starts."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports its start and stop on stderr
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as recorded:
-        work = case.prepare()  # recorded too: the work may free what was made here
-        with torch.profiler.record_function(_WORK):
-            work()
-    kineto: Any = recorded.profiler
-    nodes, changes, start = list(kineto.kineto_results.experimental_event_tree()), [], 0
-    while nodes:
-        node = nodes.pop()
-        nodes += node.children
-        if node.name == _WORK:
-            start = node.start_time_ns
-        elif node.name == "[memory]":
-            changes.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
-    sizes: dict[int, int] = {}
-    now = before = peak = 0
-    for at, address, size in sorted(changes, key=lambda change: change[0]):
-        if size > 0:
-            sizes[address] = size
-            now += size
-        else:
-            now -= sizes.pop(address, 0)
-        before, peak = (now, now) if at < start else (before, max(peak, now))
-    return peak - before
-
-
-def peak_resident(work: Callable[[], object]) -> int | None:
-    """How far `work` raises the process's resident memory, from Linux's resettable high-water mark."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        work()
-        return _status("VmHWM") - before
-    except (OSError, AttributeError, KeyError):
-        work()
-        return None
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(dict(line.split(":", 1) for line in lines)[field].split()[0])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return dict.fromkeys(("median", "low", "high"), values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
 
 
 # --- engines, of any task
@@ -257,22 +143,6 @@ def engine_cases(problem: Problem, named: Mapping[str, Engine], prefix: str = ""
 
 
 # --- vision
-
-
-def write_data(folder: Path, size: int, count: int) -> None:
-    """`count` scenes of `size` pixels as the unlabeled folder, and as ADE20K's layout with noise of its 150 classes."""
-    images = folder / "ade" / "images" / "training"
-    annotations = folder / "ade" / "annotations" / "training"
-    for path in (folder / "unlabeled", images, annotations):
-        path.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for index, image in enumerate(scenes("unlabeled", size, count).images):
-        for path in (folder / "unlabeled", images):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path / f"{index}.png")
-        cells = rng.integers(0, CLASSES + 1, (8, 8), dtype=np.uint8)
-        Image.fromarray(cells).resize((size, size), Image.Resampling.NEAREST).save(annotations / f"{index}.png")
-    names = "".join(f"{index}\tclass {index}\n" for index in range(1, CLASSES + 1))
-    (folder / "ade" / "objectInfo150.txt").write_text("Idx\tName\n" + names)
 
 
 def configure(options: argparse.Namespace, folder: Path, *more: str) -> Config:
@@ -371,14 +241,14 @@ class Vision:
             Target("value weights", "learner step", 0.10),
         ]
 
-    def cycle(self, period: int) -> float:
+    def cycle(self, period: int, clock: str = "wall") -> float:
         """The steered run's throughput over `period` steps, one of them with an update, as a share of the plain
         run's: the two take turns step by step."""
         self.steered.config.value.period = period
         seconds = dict.fromkeys((self.plain, self.steered), 0.0)
         for number in range(period):
             for run in list(seconds) if number % 2 else reversed(list(seconds)):
-                seconds[run] += timed(lambda run=run: run.learner_update(*self.batch), self.device)  # type: ignore[misc]
+                seconds[run] += timed(lambda run=run: run.learner_update(*self.batch), self.device, clock)  # type: ignore[misc]
         return seconds[self.plain] / seconds[self.steered]
 
     def _step(self) -> Callable[[], object]:
@@ -566,9 +436,11 @@ def language_cases(options: argparse.Namespace, device: torch.device) -> tuple[l
 # --- the report
 
 
-def measure(cases: Sequence[Case], repeats: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def measure(
+    cases: Sequence[Case], repeats: int, device: torch.device, clock: str = "wall"
+) -> dict[str, dict[str, Any]]:
     """By case: `seconds` of each round with their median and quartiles, and peak memory in bytes."""
-    seconds = take_turns(cases, repeats, device)
+    seconds = take_turns(cases, repeats, device, clock)
     rows: dict[str, dict[str, Any]] = {}
     for case in cases:
         memory = peak_memory(case, device)
@@ -605,9 +477,6 @@ def compare(rows: Mapping[str, Mapping[str, Any]], targets: Sequence[Target]) ->
 def report(rows: Mapping[str, Mapping[str, Any]], ratios: Sequence[Mapping[str, Any]], losses: Any) -> None:
     """The tables."""
     console = Console(width=120) if not sys.stdout.isatty() else Console()
-
-    def within(value: Mapping[str, float], digits: int = 3) -> str:
-        return f"{value['median']:.{digits}f} ({value['low']:.{digits}f} – {value['high']:.{digits}f})"
 
     def against(value: float, target: float | None) -> str:
         return "" if target is None else f"≤ {target:g}: " + ("yes" if value <= target else "no")
@@ -656,6 +525,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", default=5, type=int, help="rounds")
     parser.add_argument("--cycles", default=1, type=int, help="whole cycles to run at r = 8")
     parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice by default")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: the processor's time, of one thread")
     parser.add_argument("--device", default="auto", help="cpu, cuda, …")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--tiny", action="store_true", help="a learner of seconds, to see that it runs")
@@ -689,12 +559,13 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), options.image_size, max(options.batch, 4 * options.meta_batch))
         vision = Vision(options, Path(folder))
-        rows = measure(vision.cases(), options.repeats, vision.device)
+        check_clock(options.clock, torch.get_num_threads(), vision.device)
+        rows = measure(vision.cases(), options.repeats, vision.device, options.clock)
         ratios = compare(rows, vision.targets())
         parts = throughput({name: row["seconds"] for name, row in rows.items()}, options.stride)
         losses = {period: {"parts": spread(values), "cycles": None} for period, values in parts.items()}
         vision.steer.engine_name = DIFFERENCE
-        if shares := [1 - vision.cycle(8) for _ in range(options.cycles)]:
+        if shares := [1 - vision.cycle(8, options.clock) for _ in range(options.cycles)]:
             losses[8]["cycles"] = spread(shares)
         device, settings = vision.device, vision.steered.config
         del vision
@@ -703,13 +574,14 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         print(f"language: left out, {error.name or error} is missing: pip install 'dino-value[language]'")
     else:
-        found = measure(cases, options.repeats, device)
+        found = measure(cases, options.repeats, device, options.clock)
         rows |= found
         ratios += compare(found, targets)
 
     about = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
+        "clock": options.clock,
         "memory": "max_memory_allocated" if device.type == "cuda" else "profiler's allocations; VmHWM",
         "torch": torch.__version__,
         "timm": metadata.version("timm"),
@@ -730,14 +602,6 @@ def main(argv: Sequence[str]) -> int:
         content = {"about": about, "cases": rows, "ratios": ratios, "throughput_lost": losses}
         common.write_results(options.json, content)
     return EXIT_DONE
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

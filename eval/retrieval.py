@@ -2,7 +2,8 @@
 
 Protocol: revisited Oxford and Paris (Radenović et al. 2018, arXiv 1803.11285): queries cropped to their box, images
 scaled down to at most `size` on the long side, mean-pooled patch tokens, ℓ2, cosine ranking; mAP and mP@k for Easy,
-Medium and Hard with the official junk images. On an ImageFolder each held-out image asks for the others of its class.
+Medium and Hard with the official junk images. On an ImageFolder each held-out image asks for the others of its class,
+or of its group (`--group-pattern`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dino_value.backbones import Backbone, Features
 from dino_value.data.folders import read_image
-from dino_value.data.labelled import LabelledSource, open_labelled, resize_image
+from dino_value.data.labelled import LabelledSource, resize_image
 from dino_value.errors import UserError
 from dino_value.eval import command, common
 
@@ -76,11 +77,13 @@ class Gallery:
         queries: images to rank them by; None if each database image is one.
         relevance: positions of queries, int64 [q], and the database's classes, int64 [n], to the `Relevance` of each
             protocol, whose name ends those of its metrics.
+        truth: where that is from, for results.json.
     """
 
     database: Images
     queries: Images | None
     relevance: Callable[[Tensor, Tensor], dict[str, Relevance]]
+    truth: str = "class"
 
 
 class Files:
@@ -114,8 +117,11 @@ class _OfSource:
         return self.source.load(index)
 
 
-def class_gallery(source: LabelledSource) -> Gallery:
+def class_gallery(source: LabelledSource, by_group: bool = False) -> Gallery:
     """Each image of a classified source asks for the others of its class; itself is junk.
+
+    Args:
+        by_group: it asks for the others of its group instead: views of one room, not rooms of one kind.
 
     Raises:
         UserError: labels of another kind.
@@ -123,12 +129,17 @@ def class_gallery(source: LabelledSource) -> Gallery:
     if source.kind != "classes":
         raise UserError(f"retrieval needs labels of kind classes, the data has {source.kind}")
 
+    if by_group:
+        numbers: dict[str, int] = {}
+        groups = torch.tensor([numbers.setdefault(source.group(i), len(numbers)) for i in range(len(source))])
+
     def relevance(queries: Tensor, labels: Tensor) -> dict[str, Relevance]:
+        labels = groups if by_group else labels
         same = labels[queries][:, None] == labels
         itself = queries[:, None] == torch.arange(len(labels))
         return {"": Relevance(same & ~itself, itself)}
 
-    return Gallery(_OfSource(source), None, relevance)
+    return Gallery(_OfSource(source), None, relevance, "group" if by_group else "class")
 
 
 def revisited_gallery(data: Any) -> Gallery:
@@ -154,7 +165,7 @@ def revisited_gallery(data: Any) -> Gallery:
         }
 
     paths, boxes = ([query[part] for query in data.queries] for part in (0, 1))
-    return Gallery(Files(data.database), Files(paths, boxes), relevance)
+    return Gallery(Files(data.database), Files(paths, boxes), relevance, data.name)
 
 
 def evaluate(backbone: Backbone, gallery: Gallery, options: RetrievalOptions = RetrievalOptions()) -> dict[str, float]:
@@ -199,7 +210,8 @@ def measure(backbone: Backbone, data: Gallery, options: RetrievalOptions) -> com
 
     metrics = {name: float(value) for name, value in statistic(rows.sum(0)[None]).items()}
     pictures = _pictures(data, database, queries, labels, options)
-    return common.Result(metrics, rows, statistic, seconds, {"queries": len(queries)}, pictures)
+    images = len(database) if data.queries is None else len(database) + len(queries)
+    return common.Result(metrics, rows, statistic, seconds, {}, pictures, images, "queries")
 
 
 class _Fitted:
@@ -314,24 +326,34 @@ def _pictures(
 
 def open_gallery(arguments: Any) -> Gallery:
     """Revisited Oxford or Paris with `--set`, else the held-out images of an ImageFolder."""
-    if arguments.set:
-        from dino_value.data.revisited import open_revisited
+    pattern = arguments.group_pattern
+    if not arguments.set:
+        source = command.open_split("imagefolder", arguments, "validation", pattern)
+        return class_gallery(source, by_group=pattern is not None)
+    if pattern is not None:
+        raise UserError("group_pattern goes with an ImageFolder: the set has its own ground truth")
+    from dino_value.data.revisited import open_revisited, readable_revisited
 
+    if not arguments.skip_unreadable:
         return revisited_gallery(open_revisited(arguments.data, arguments.set))
-    source = open_labelled("imagefolder", arguments.data, "validation")
-    if arguments.skip_unreadable:
-        source, errors = common.readable(source)
-        arguments.unreadable = {"validation": len(errors)}
-    return class_gallery(source)
+    found, skipped = readable_revisited(open_revisited(arguments.data, arguments.set, check_files=False))
+    command.count_skipped(arguments, arguments.set, skipped)
+    return revisited_gallery(found)
 
 
-def describe(data: Gallery) -> dict[str, int]:
-    return {"database": len(data.database), "queries": len(data.database if data.queries is None else data.queries)}
+def describe(data: Gallery) -> dict[str, Any]:
+    queries = data.database if data.queries is None else data.queries
+    return {"truth": data.truth, "database": len(data.database), "queries": len(queries)}
 
 
 def flags(parser: Any) -> None:
     defaults = EVALUATION.defaults
     parser.add_argument("--set", choices=SETS, help="revisited Oxford or Paris; else --data is an ImageFolder")
+    parser.add_argument(
+        "--group-pattern",
+        metavar="REGEX",
+        help="of an ImageFolder: ask for images whose file names agree in what this finds, not for those of the class",
+    )
     parser.add_argument("--pool", default=defaults.pool, choices=list(POOLS), help="mean or GeM of patches, or cls")
 
 
@@ -344,7 +366,7 @@ EVALUATION = common.Evaluation(
     measure=measure,
     describe=describe,
     flags=flags,
-    headline=("map", "map_medium", "map_hard"),
+    headline=("map", "map_easy", "map_medium", "map_hard"),
 )
 
 

@@ -10,6 +10,8 @@ images to the size instead, in training too.
 
 from __future__ import annotations
 
+import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -392,12 +394,18 @@ def scores_of(confusion: Tensor, class_names: Sequence[str]) -> dict[str, float]
     iou = hit / (true + predicted - hit)
     return {
         **{name: float(value) for name, value in found.items()},
-        **{f"iou/{name}": float(value) for name, value in zip(class_names, iou, strict=True)},
+        **{f"iou/{name}": float(value) for name, value in zip(told_apart(class_names), iou, strict=True)},
     }
 
 
+def told_apart(names: Sequence[str]) -> list[str]:
+    """Names with their place behind those that occur twice: two classes of one name are two classes."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
+
+
 def flags(parser: Any) -> None:
-    defaults = EVALUATION.defaults
+    defaults, switch = EVALUATION.defaults, argparse.BooleanOptionalAction
     heads = list(dict.fromkeys(head for known in BACKENDS.values() for head in known))
     parser.add_argument("--head", default=defaults.head, choices=heads, help="conv: own only, upernet: mmseg only")
     parser.add_argument(
@@ -407,7 +415,7 @@ def flags(parser: Any) -> None:
         "--inference", default=defaults.inference, choices=["slide", "whole"], help="windows, or stretch"
     )
     parser.add_argument("--stride", default=defaults.stride, type=int, help="of the windows; 0: two thirds of one")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored image's prediction")
+    parser.add_argument("--flip", default=False, action=switch, help="average with the mirrored image's prediction")
     parser.add_argument("--scales", default=defaults.scales, type=float, nargs="+", help="average over these scales")
     parser.add_argument(
         "--random-scale", default=defaults.random_scale, type=float, nargs=2, help="of training images: least, most"

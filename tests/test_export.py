@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import timm
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dino_value import export as module
+from dino_value import export_meta as module
 from dino_value.backbones import Backbone, create_backbone, load_backbone, save_backbone
 from dino_value.errors import UserError
-from dino_value.export import export, official
+from dino_value.export import export
+from dino_value.export_meta import official
 from dino_value.weights import DINO, read_pickle
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -213,6 +215,26 @@ def test_the_card(tmp_path: Path) -> None:
         assert said in card
     assert "seconds" not in card
     assert "another rule" not in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "DINO (arXiv 2104.14294)"),
+        ({"name": "ijepa", "ibot": {"weight": 0.0}}, "I-JEPA (arXiv 2301.08243)"),
+        (
+            {"centering": "sinkhorn", "ibot": {"weight": 1.0}, "koleo": 0.1, "gram": {"weight": 2.0}},
+            "DINO (arXiv 2104.14294) with Sinkhorn-Knopp centring, iBOT, KoLeo, Gram anchoring",
+        ),
+    ],
+)
+def test_the_card_names_the_objective(settings: dict[str, Any], said: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    save_backbone(run / "backbone.safetensors", create_backbone("vit_tiny_patch16_224", 16, TINY))
+    (run / "config.yaml").write_text(OmegaConf.to_yaml({"method": "baseline", "objective": settings}))
+    card = (export(run, "timm").folder / "README.md").read_text()
+    assert f"Continued pretraining with {said}, without labels." in card
 
 
 def test_the_card_warns_of_another_interpolation(tmp_path: Path) -> None:

@@ -14,16 +14,34 @@ MOVED = ("heads", "eval", "slurm")  # at the root, installed below dino_value
 LEAVES = ("objectives", "designers", "heads", "data", "backbones")
 # Of ours a room may import itself, errors, and only these. (value/ is stricter: see below.)
 ONLY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(LEAVES, ()),
-    "backbones": ("weights", "blocks", "attention"),
-    "blocks": (),
+    **dict.fromkeys(LEAVES, ("parts", "seeds")),
+    "parts": (),
+    "seeds": (),
+    "backbones": ("weights", "blocks", "attention", "files"),
+    "blocks": ("linear",),
+    "linear": (),
     "attention": ("blocks",),
     "weights": (),
-    "language": ("value", "optim", "checkpoint", "track", "config"),
-    "slurm": ("cli",),
+    "language": (
+        "value",
+        "optim",
+        "checkpoint",
+        "track",
+        "config",
+        "files",
+        "process",
+        "run_folder",
+        "seeds",
+        "arguments",
+    ),
+    "slurm": ("cli", "arguments", "files", "track"),
 }
 NEVER = {"eval": ("train",)}
-BENCHMARKS = ("dino_value.eval.overhead", "dino_value.eval.throughput")  # they time training itself
+BENCHMARKS = (
+    "dino_value.eval.overhead",
+    "dino_value.eval.benchmarks.loops",
+    "dino_value.eval.communication",
+)  # they time training itself
 
 
 def imports(source: str, module: str, is_package: bool) -> Iterator[str]:

@@ -11,18 +11,25 @@ import torch
 
 from dino_value import quickstart as module
 from dino_value.cli import main
+from dino_value.compare import start_backbone
+from dino_value.config import load_config, packaged
 from dino_value.data import scenes
-from dino_value.quickstart import ARMS, quickstart, start_backbone, start_path
+from dino_value.quickstart import quickstart
+
+ARMS = ("baseline", "value", "random")
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    arm = module.packaged("quickstart/arm.yaml").read_text()
+    arm = packaged("quickstart/arm.yaml").read_text()
     assert "warmup: 60" in arm
     (tmp_path / "arm.yaml").write_text(arm.replace("warmup: 60", "warmup: 0").replace("warmup: 200", "warmup: 2"))
-    monkeypatch.setattr(module, "ARM_CONFIG", str(tmp_path / "arm.yaml"))
+    spec = packaged("compare/quickstart.yaml").read_text()
+    assert "steps: 300" in spec
+    spec = spec.replace("steps: 300", "steps: 5").replace("quickstart/arm", str(tmp_path / "arm.yaml"))
+    (tmp_path / "spec.yaml").write_text(spec)
+    monkeypatch.setattr(module, "SPEC", str(tmp_path / "spec.yaml"))
     monkeypatch.setattr(scenes, "COUNTS", {"unlabeled": 64, "training": 640, "validation": 16, "tuning": 16})
-    monkeypatch.setattr(module, "HEAD_STEPS", 5)
     scenes.scenes.cache_clear()
 
 
@@ -47,8 +54,8 @@ def test_two_seeds_give_the_promised_files(small: None, tmp_path: Path) -> None:
 
 
 def test_the_packaged_checkpoint_fits_and_is_small() -> None:
-    assert start_path().stat().st_size <= 2 * 2**20
-    backbone = start_backbone()
+    assert packaged("quickstart/start.pt").stat().st_size <= 2 * 2**20
+    backbone = start_backbone(load_config("quickstart/arm", ["out=unused"]))
     with torch.no_grad():
         features = backbone(torch.zeros(1, 3, 64, 64))
     assert features.patches.shape == (1, 64, 96)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from dino_value.train import Run, train
 
 TIMING = ("images_per_second", "data_wait", "seconds")
 METHODS = ("value", "baseline", "random")
+SMALL_PREDICTOR = [f"objective.ijepa.{key}" for key in ("width=8", "depth=1", "heads=2")]
 
 
 def same(left: Any, right: Any) -> bool:
@@ -68,6 +73,7 @@ def test_the_run_folder(tiny: Callable[..., Config], method: str) -> None:
         "metrics.jsonl",
         "checkpoints",
         "backbone.safetensors",
+        *(["splits.json"] if method != "baseline" else []),
     }
     assert load_config(folder / "config.yaml") == config
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
@@ -415,10 +421,45 @@ def test_start_from_takes_the_teacher_of_another_run(tiny: Callable[..., Config]
     assert load_checkpoint(second)["step"] == 1
 
 
-def test_start_from_another_architecture(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    first = train(tiny("method=baseline", f"out={tmp_path / 'first'}"), quiet=True)
-    with pytest.raises(UserError, match="of another architecture than backbone and objective"):
-        train(tiny("method=baseline", f"start_from={first}", "objective.out_dim=20"), quiet=True)
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["objective.out_dim=20"],
+            r"heads of another size.*last_layer.* \[16, 8\] there, \[20, 8\] here.*backbone\.weights",
+        ),
+        (
+            ["backbone.kwargs.embed_dim=48"],
+            r"a backbone of another architecture: .*24\] there, .*48\] here; set backbone",
+        ),
+        (["backbone.kwargs.depth=4"], r"a backbone of another architecture: 12 tensors .*blocks\.3.*set backbone"),
+        (
+            ["objective.name=ijepa", "views.local_count=0", "views.global_size=32", *SMALL_PREDICTOR],
+            r"heads of another size or objective: .*backbone\.weights in place of start_from",
+        ),
+    ],
+    ids=["head", "width", "depth", "objective"],
+)
+def test_start_from_another_architecture(
+    tiny: Callable[..., Config], tmp_path: Path, overrides: list[str], said: str
+) -> None:
+    first = train(tiny("method=baseline", "steps=1", f"out={tmp_path / 'first'}"), quiet=True)
+    with pytest.raises(UserError, match=said) as caught:
+        train(tiny("method=baseline", f"start_from={first}", *overrides), quiet=True)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("namespace", [False, True])
+def test_start_from_a_checkpoint_of_another_program(
+    tiny: Callable[..., Config], tmp_path: Path, namespace: bool
+) -> None:
+    """DINO's own: what to give instead is said."""
+    content: dict[str, object] = {"teacher": {"backbone.cls_token": torch.zeros(1, 1, 24)}, "student": {}}
+    torch.save(content | ({"args": argparse.Namespace()} if namespace else {}), tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"of this program.*give backbone\.weights, and objective\.head") as caught:
+        train(tiny("method=baseline", f"start_from={tmp_path / 'checkpoint.pth'}"), quiet=True)
+    assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -499,12 +540,18 @@ def test_a_run_refused_at_its_first_step_may_be_corrected(tiny: Callable[..., Co
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("views.global_size=20", r"views\.global_size=20|image size 20"),
-        ("views.local_size=12", r"views\.local_size=12: not a multiple of the patch size 8"),
+        ("views.global_size=20", r"views\.global_size=20: not a multiple of the patch size 8 .* choose 16 or 24"),
+        ("views.global_size=6", r"views\.global_size=6: .* smaller than one patch; choose 8 or more"),
+        ("views.local_size=12", r"views\.local_size=12: not a multiple of the patch size 8 .* choose 8 or 16"),
+        ("views.local_size=4", r"views\.local_size=4: .* smaller than one patch; choose 8 or more"),
+        ("feedback.size=20", r"feedback\.size=20: not a multiple of the patch size 8; choose 16 or 24"),
+        ("feedback.size=4", r"feedback\.size=4: not a multiple of the patch size 8; choose 8 or 16"),
+        ("backbone.kwargs.drop_path_rate=1", r"backbone\.kwargs\.drop_path_rate=1: .* in \[0, 1\)"),
         ("value.scope.blocks=7", r"value\.scope: scope of the last 7 blocks: this learner has 3"),
         ("value.scope.patterns=[atn]", r"value\.scope: scope pattern 'atn' matches no parameter"),
         ("designer.stride=3", r"designer\.stride=3: must divide"),
-        ("optim.batch_size=17", r"16 images are fewer than a batch of 17"),
+        ("optim.batch_size=17", r"16 images are fewer than a batch of 17; lower the batch size"),
+        ("value.batch_size=17", r"meta unlabeled: 16 images are fewer than a batch of 17; lower the batch size"),
         ("feedback.seg.meta=99", r"cannot cut 8 \+ 99 labelled samples"),
         ("device=cuda:99", r"device=cuda:99: not available here"),
         ("device=toaster", r"device=toaster: not available here"),
@@ -537,3 +584,150 @@ def test_data_in_memory(tiny: Callable[..., Config]) -> None:
     run = steps(Run(tiny("data.in_memory=true", "data.workers=2")), 2)
     assert isinstance(run.stream, Stream)
     assert run.stream.workers == 0
+
+
+def test_feedback_keeps_apart_from_the_evaluation_and_says_which_images_it_used(
+    tiny: Callable[..., Config], tiny_data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_data / "ade", tmp_path / "ade")
+    plain = train(tiny("method=value", "steps=1", f"data.ade20k={tmp_path / 'ade'}", f"out={tmp_path / 'plain'}"), True)
+    before = json.loads((plain / "splits.json").read_text())
+    assert [len(before["seg"][part]) for part in ("train", "meta", "in_evaluation")] == [8, 4, 0]
+    assert [len(before["depth"][part]) for part in ("train", "meta", "in_evaluation")] == [6, 4, 0]
+    copied = Path(before["seg"]["meta"][0])
+    shutil.copy(copied, tmp_path / "ade" / "images" / "validation" / "another name.png")
+    shutil.copy(
+        tmp_path / "ade" / "annotations" / "validation" / "00.png",
+        tmp_path / "ade" / "annotations" / "validation" / "another name.png",
+    )
+    apart = train(tiny("method=value", "steps=1", f"data.ade20k={tmp_path / 'ade'}", f"out={tmp_path / 'apart'}"), True)
+    after = json.loads((apart / "splits.json").read_text())["seg"]
+    assert after["in_evaluation"] == [str(copied)]
+    assert str(copied) not in after["train"] + after["meta"]
+    assert [len(after[part]) for part in ("train", "meta")] == [8, 4]
+
+
+# Going on: damaged checkpoints, other settings, what is kept
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("steps=6")
+    folder = train(config, quiet=True)
+    expected, lines = load_checkpoint(folder), rows(folder)
+    for step, harm in ((6, "flipped"), (4, "torn")):
+        path = folder / "checkpoints" / f"step_{step:08d}.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 16
+        path.write_bytes(content if harm == "flipped" else content[: len(content) // 2])
+    (folder / "backbone.safetensors").unlink()
+    train(config, quiet=True)
+    said = capsys.readouterr().err.splitlines()
+    assert ["set aside, going on from step_00000002.pt" in line for line in said] == [True, True]
+    assert same(load_checkpoint(folder), expected)
+    found = [row for row in rows(folder) if "event" not in row]
+    assert found == lines
+    assert (folder / "backbone.safetensors").is_file()
+
+
+def test_weights_are_written_again_for_a_finished_run(tiny: Callable[..., Config]) -> None:
+    folder = train(tiny("method=baseline"), quiet=True)
+    content = load_file(folder / "backbone.safetensors")
+    (folder / "backbone.safetensors").unlink()
+    train(tiny("method=baseline"), quiet=True)
+    assert same(load_file(folder / "backbone.safetensors"), content)
+
+
+def test_other_settings_are_taken_when_told(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    train(tiny("method=baseline", "steps=2"), quiet=True)
+    later = tiny("method=baseline", "steps=4", "optim.lr=0.002")
+    with pytest.raises(UserError, match=r"optim\.lr: 0\.001 there, 0\.002 now; steps: 2 there, 4 now.*--override"):
+        train(later, quiet=True)
+    folder = train(later, quiet=True, override=True)
+    assert load_checkpoint(folder)["step"] == 4
+    assert load_config(folder / "config.yaml") == later
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["resumed"][0]["changed"] == [
+        "optim.lr: 0.001 there, 0.002 now",
+        "steps: 2 there, 4 now",
+    ]
+    with pytest.raises(UserError, match=r"does not fit these settings \(.*size mismatch.*choose another out="):
+        train(tiny("method=baseline", "objective.out_dim=20"), quiet=True, override=True)
+
+
+def test_checkpoints_of_earlier_versions_go_on(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny("method=baseline")
+    folder = train(config, quiet=True)
+    state = load_checkpoint(folder)
+    (folder / "checkpoints" / "step_00000004.pt").unlink()
+    older = folder / "checkpoints" / "step_00000002.pt"
+    content = load_checkpoint(older)
+    del content["best"], content["skipped"]
+    torch.save(content, older)
+    train(config, quiet=True)
+    assert same(load_checkpoint(folder), state)
+
+
+def test_what_is_kept_of_a_run(tiny: Callable[..., Config]) -> None:
+    common = ["method=baseline", "steps=8", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_every=4"]
+    folder = train(tiny(*common, "checkpoint.best=loss", "checkpoint.best_mode=max"), quiet=True)
+    losses = {row["step"]: row["loss"] for row in read_metrics(folder)}
+    best = max(losses, key=lambda step: losses[step])
+    kept = sorted({4, 8, best})
+    found = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert found == ["best.pt", *(f"step_{step:08d}.pt" for step in kept)]
+    assert load_checkpoint(folder / "checkpoints" / "best.pt")["step"] == best
+
+
+def test_writing_in_the_background_changes_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    plain, beside = (
+        train(tiny(f"out={tmp_path / name}", "steps=6", f"checkpoint.background={name}"), quiet=True)
+        for name in ("false", "true")
+    )
+    for step in (2, 4, 6):
+        name = f"step_{step:08d}.pt"
+        assert same(load_checkpoint(plain / "checkpoints" / name), load_checkpoint(beside / "checkpoints" / name))
+    assert same(load_file(plain / "backbone.safetensors"), load_file(beside / "backbone.safetensors"))
+
+
+def test_a_stop_during_set_up(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    record = train_module.record_environment
+
+    def interrupted(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        record(*arguments)
+
+    monkeypatch.setattr(train_module, "record_environment", interrupted)
+    with pytest.raises(Interrupted, match="stopped at step 0 of 4; the same command goes on from there"):
+        train(tiny("method=baseline"), quiet=True)
+    monkeypatch.undo()
+    assert load_checkpoint(train(tiny("method=baseline"), quiet=True))["step"] == 4
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_may_change_and_the_group_may_be_signalled(
+    tiny_yaml: Path, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Augmentation drawn in loader processes; SIGTERM reaches these too, as on a cluster, and all is saved."""
+    common = ["steps=60", "checkpoint.every=10000", "views.augment=torchvision", "value.engine=finite_difference"]
+    alone = train(tiny(f"out={tmp_path / 'alone'}", *common), quiet=True)
+    out = tmp_path / "group"
+    command = [sys.executable, "-m", "dino_value.cli", "train", str(tiny_yaml), f"out={out}", *common, "data.workers=2"]
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    try:
+        waited = time.monotonic()
+        while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+            assert running.poll() is None
+            assert time.monotonic() - waited < 240
+            time.sleep(0.02)
+        os.killpg(running.pid, signal.SIGTERM)
+        _, errors = running.communicate(timeout=240)
+    finally:
+        running.kill()
+    assert running.returncode == 75, errors
+    assert 0 < load_checkpoint(out)["step"] < 60
+    train(tiny(f"out={out}", *common, "data.workers=1"), quiet=True)
+    assert same(load_checkpoint(alone), load_checkpoint(out))

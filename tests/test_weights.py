@@ -162,6 +162,23 @@ def test_the_rule_stays_with_our_own_file(tmp_path: Path) -> None:
     close(again(values["x48"]).cls, values["cls48"])
 
 
+@pytest.mark.parametrize("published", [True, False])
+def test_the_rule_stays_with_our_own_checkpoint(
+    tiny: Callable[..., Config], tmp_path: Path, published: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of a run, given as weights, is not taken for one of main_dino.py."""
+    weights = PUBLISHED if published else ["method=baseline", "steps=1"]
+    first = train(tiny(*weights, f"out={tmp_path / 'first'}"), quiet=True)
+    name, kwargs = (V2, {**RECORDED, "img_size": 28}) if published else (VIT, {**TINY, "depth": 3, "img_size": 16})
+    capsys.readouterr()
+    path = max((first / "checkpoints").iterdir())
+    again = load_backbone(path, name, kwargs=kwargs)
+    assert again.positions == (DINO if published else TIMM)
+    assert "read as " in capsys.readouterr().err
+    whole, taken = load_backbone(first).model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(whole[key], value) for key, value in taken.items())
+
+
 # Layouts
 
 
@@ -284,6 +301,7 @@ def test_a_pickle_of_a_rotary_model(name: str, tmp_path: Path) -> None:
         ("dinov2_vit", V2_REG, RECORDED, "0 registers, the model 4: name a model without reg4"),
         ("dinov2_vit_reg4", V2, RECORDED, "4 registers, the model 0: name a reg4 model"),
         ("dinov2_vit", V2, {**RECORDED, "depth": 2}, "3 blocks, the model 2: set the depth"),
+        ("dinov2_vit", V2, {**RECORDED, "embed_dim": 96}, r"48 wide, the model 96: .*backbone\.kwargs\.embed_dim=48"),
         ("dinov2_vit", V2, {**RECORDED, "depth": 4}, "3 blocks, the model 4: set the depth"),
     ],
 )

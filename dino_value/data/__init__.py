@@ -12,6 +12,7 @@ from dino_value.data.folders import list_images, read_image
 from dino_value.data.tars import TarMember, is_shards, list_members
 from dino_value.data.views import FolderViews, MemoryViews, ViewSettings
 from dino_value.errors import UserError
+from dino_value.parts import WHOLE, Part
 
 __all__ = ["SkippingViews", "open_views", "unlabeled_files"]
 
@@ -101,7 +102,7 @@ class SkippingViews:
         """The same source less the files `names`."""
         return SkippingViews(self.views.without(names), self.left_out)
 
-    def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
         """As `views.batch`.
 
         Raises:
@@ -109,9 +110,11 @@ class SkippingViews:
         """
         chosen = [self._next(position, look=False) for position in positions]
         try:
-            return self.views.batch(chosen, key)
+            return self.views.batch(chosen, key, part)
         except UserError:
-            return self.views.batch([self._next(position, look=True) for position in chosen], key)
+            own = part.of(len(chosen))
+            chosen[own] = [self._next(position, look=True) for position in chosen[own]]
+            return self.views.batch(chosen, key, part)
 
     def _next(self, position: int, look: bool) -> int:
         """The first file from `position` on that is not known as bad or, to `look` closer, that can be read."""

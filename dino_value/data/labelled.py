@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_value.errors import UserError
+from dino_value.parts import WHOLE, Part
 
 Kind = Literal["seg", "depth", "classes"]
 Layout = Literal["ade20k", "nyuv2", "imagefolder"]
@@ -124,6 +125,29 @@ class Subset:
         return self.source.group(self.indices[index])
 
 
+class Shuffled:
+    """A source whose images carry each other's targets: labels that say as much as before, and nothing of the image."""
+
+    def __init__(self, source: LabelledSource, seed: int) -> None:
+        self.source = source
+        self.kind, self.num_classes, self.class_names = source.kind, source.num_classes, source.class_names
+        self.order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        image, _ = self.source.load(index)
+        _, target = self.source.load(self.order[index])
+        return image, target if target.ndim == 0 else resize_target(target, (image.shape[-2], image.shape[-1]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def group(self, index: int) -> str:
+        return self.source.group(index)
+
+
 def readable(source: LabelledSource) -> Subset:
     """What of a source can be read; reads everything once.
 
@@ -192,10 +216,12 @@ class LabelledDataset:
             target = target.flip(-1) if dense else target
         return image, target
 
-    def batch(self, positions: Sequence[int], seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Images uint8 [B 3 h w] and targets [B …] at these positions, drawn with `seed`."""
-        images, targets = zip(*(self[position, seed] for position in positions), strict=True)
-        return torch.stack(images), torch.stack(targets)
+    def batch(self, positions: Sequence[int], seed: int = 0, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B 3 h w] and targets [B …] at these positions, or a part of them, drawn with `seed`."""
+        own = positions[part.of(len(positions))]
+        # Of an empty part the shapes are still asked for.
+        images, targets = zip(*(self[position, seed] for position in own or positions[:1]), strict=True)
+        return torch.stack(images)[: len(own)], torch.stack(targets)[: len(own)]
 
 
 def _coin(index: int, seed: int) -> bool:

@@ -17,11 +17,11 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from scipy.io import loadmat
 from torch import Tensor
 
 from dino_value.data.folders import read_depth, read_image
 from dino_value.data.labelled import Kind, LabelledSource, Split, index_groups
+from dino_value.data.matlab import read_arrays
 from dino_value.errors import UserError
 
 MAT_NAME = "nyu_depth_v2_labeled.mat"
@@ -29,6 +29,8 @@ SPLITS_NAME = "splits.mat"
 MAX_DEPTH = 10.0
 """Metres; the sensor's range, and what is beyond counts as unknown."""
 _LISTS: dict[Split, tuple[str, ...]] = {"training": ("*train*.txt",), "validation": ("*test*.txt", "*val*.txt")}
+# What h5py makes of a damaged file, as seen.
+_DAMAGED = (OSError, KeyError, ValueError, TypeError, RuntimeError, IndexError)
 # Where the names of a list may begin, as the preparation scripts of BTS leave the files.
 _BASES = ("", "sync", "train", "test", "official_splits/train", "official_splits/test")
 
@@ -104,13 +106,16 @@ class NYUv2:
         file = self._file()
         try:
             shapes = file["images"].shape, file["depths"].shape
-        except (KeyError, AttributeError):
+            kinds = file["images"].dtype, file["depths"].dtype
+        except (AttributeError, *_DAMAGED):
             raise UserError(f"{self._path}: lacks the datasets images and depths of NYUv2") from None
         (count, *image), (_, *depth) = shapes
         if len(image) != 3 or image[0] != 3 or [count, *image[1:]] != [shapes[1][0], *depth]:
             raise UserError(
                 f"{self._path}: images {shapes[0]} and depths {shapes[1]} are not (n, 3, W, H) and (n, W, H)"
             )
+        if kinds[0] != np.uint8 or kinds[1].kind != "f":
+            raise UserError(f"{self._path}: images {kinds[0]} and depths {kinds[1]} are not uint8 and floating point")
         self._indices = _read_split(Path(root) / SPLITS_NAME, split, count)
         groups = _read_scenes(file, self._path) or index_groups(count, neighbours)
         if len(groups) != count:
@@ -153,7 +158,7 @@ class NYUv2:
     def _row(self, dataset: str, index: int) -> np.ndarray:
         try:
             return np.asarray(self._file()[dataset][self._indices[index]])
-        except OSError as error:
+        except _DAMAGED as error:
             raise UserError(f"{self.name(index)}: cannot be read ({error}); the file is damaged") from None
 
     def name(self, index: int) -> str:
@@ -263,11 +268,13 @@ def _read_split(path: Path, split: Split, count: int) -> list[int]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; it comes with {MAT_NAME} and says which images are for training")
     try:
-        indices = loadmat(path)[key].reshape(-1).astype(np.int64) - 1
-    except KeyError:
-        raise UserError(f"{path}: holds no {key}") from None
-    except Exception as error:  # scipy raises its own, zlib's and struct's errors on damaged files
+        found = read_arrays(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a MATLAB file ({error})") from None
+    if key not in found:
+        raise UserError(f"{path}: holds no {key}")
+    with np.errstate(invalid="ignore"):  # what is no number becomes an index that is refused below
+        indices = found[key].reshape(-1).astype(np.int64) - 1
     if not indices.size or indices.min() < 0 or indices.max() >= count:
         raise UserError(f"{path}: {key} must name images 1…{count} of {MAT_NAME}")
     return indices.tolist()
@@ -275,9 +282,9 @@ def _read_split(path: Path, split: Split, count: int) -> list[int]:
 
 def _read_scenes(file: h5py.File, path: Path) -> list[str] | None:
     """The scene of each image, from the cell array of strings `scenes`; None where the file has none."""
-    if "scenes" not in file:
-        return None
     try:
+        if "scenes" not in file:
+            return None
         return ["".join(map(chr, file[reference][()].reshape(-1))) for reference in file["scenes"][()].reshape(-1)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (AttributeError, OverflowError, *_DAMAGED) as error:
         raise UserError(f"{path}: its scenes cannot be read ({error})") from None

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dino_value.data.folders import read_image
 from dino_value.errors import UserError
 
 NAMES = ("roxford5k", "rparis6k")
@@ -38,12 +39,13 @@ class Revisited:
     ground_truth: list[dict[str, np.ndarray]]
 
 
-def open_revisited(root: str | Path, name: str) -> Revisited:
+def open_revisited(root: str | Path, name: str, check_files: bool = True) -> Revisited:
     """Open `roxford5k` or `rparis6k`.
 
     Args:
         root: the folder that holds the set's folder, or that folder itself.
         name: which of the two.
+        check_files: False leaves a missing image to `readable_revisited`.
 
     Raises:
         UserError: another name; no ground truth, one that holds more than data, or one that is not of this form; an
@@ -73,10 +75,40 @@ def open_revisited(root: str | Path, name: str) -> Revisited:
                 raise UserError(f"{path}: {level} of query {query} points outside the {len(names)} images")
     images, wanted = ([folder / "jpg" / f"{item}.jpg" for item in items] for items in (names, queries))
     missing = [image for image in (*images, *wanted) if not image.is_file()]
-    if missing:
+    if missing and check_files:
         raise UserError(f"{missing[0]}: no such file ({len(missing)} images of {path.name} are missing)")
     pairs = [(image, (box[0], box[1], box[2], box[3])) for image, box in zip(wanted, boxes, strict=True)]
     return Revisited(name, images, pairs, truth)
+
+
+def readable_revisited(data: Revisited) -> tuple[Revisited, list[str]]:
+    """What of a set can be read, its ground truth renumbered, and a line for each image that is left out.
+
+    Raises:
+        UserError: not one image or not one query can be read.
+    """
+    bad = {path: line for path in (*data.database, *(path for path, _ in data.queries)) if (line := _problem(path))}
+    kept = [index for index, path in enumerate(data.database) if path not in bad]
+    asked = [index for index, (path, _) in enumerate(data.queries) if path not in bad]
+    if not kept or not asked:
+        first = next(iter(bad.values()))
+        raise UserError(f"none of the images or none of the queries of {data.name} can be read; the first: {first}")
+    place = np.full(len(data.database), -1)
+    place[kept] = np.arange(len(kept))
+    renumbered = [
+        {level: place[indices][place[indices] >= 0] for level, indices in data.ground_truth[query].items()}
+        for query in asked
+    ]
+    found = Revisited(data.name, [data.database[i] for i in kept], [data.queries[i] for i in asked], renumbered)
+    return found, list(bad.values())
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        read_image(path)
+    except UserError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def _indices(value: Any) -> np.ndarray:
@@ -164,7 +196,9 @@ _KNOWN = _known()
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise UserError(f"names {module}.{name}, which is not plain data: refused, and nothing of it was run")
+            raise UserError(
+                f"names {f'{module}.{name}'!r}, which is not plain data: refused, and nothing of it was run"
+            )
         return _KNOWN[module, name]
 
 

@@ -6,52 +6,55 @@ whatever the number of workers, and a stopped run goes on by asking for step t.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import multiprocessing
+import os
+import select
 import signal
-import zlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dino_value.errors import UserError
-
-
-def key(seed: int, *parts: int | str) -> int:
-    """A 63-bit seed from a run's seed and the names and numbers of what is being drawn."""
-    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
-    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def generator(seed: int, *parts: int | str) -> torch.Generator:
-    """A CPU generator for one draw: the same on every device."""
-    return torch.Generator().manual_seed(key(seed, *parts))
+from dino_value.parts import WHOLE, Part
+from dino_value.seeds import generator as generator
+from dino_value.seeds import key as key
 
 
 class Source(Protocol):
-    """Items drawn by position; whatever is random about them follows from `key`."""
+    """Items drawn by position; whatever is random about them follows from `key`. Of a `part`, they are its items of
+    the batch as it is when drawn whole."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, ...]: ...
+    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, ...]: ...
 
 
 class Stream:
     """An endless, shuffled, resumable stream of batches; each pass visits every item once (the remainder is dropped).
 
+    Args:
+        batch_size: of all processes together.
+        part: this process's of every batch.
+
     Raises:
         UserError: fewer items than a batch.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0, part: Part = WHOLE
+    ) -> None:
         if len(source) < batch_size:
             raise UserError(
                 f"{name}: {len(source)} images are fewer than a batch of {batch_size}; lower the batch size"
             )
         self.source, self.batch_size, self.seed, self.name, self.workers = source, batch_size, seed, name, workers
+        self.part = part
         self.per_epoch = len(source) // batch_size
 
     def indices(self, step: int) -> Tensor:
@@ -65,9 +68,11 @@ class Stream:
         batch = self.indices(step).tolist()
         return f"Batch {step} of {self.name}: images {batch[:8]}{' …' if len(batch) > 8 else ''} of the sorted list"
 
-    def batch(self, step: int) -> tuple[Tensor, ...]:
-        """Batch `step`, made here and now."""
-        return self.source.batch(self.indices(step).tolist(), key(self.seed, self.name, "batch", step))
+    def batch(self, step: int, part: Part | None = None) -> tuple[Tensor, ...]:
+        """Batch `step`, or this part of it, made here and now."""
+        positions, drawn = self.indices(step).tolist(), key(self.seed, self.name, "batch", step)
+        part = self.part if part is None else part
+        return self.source.batch(positions, drawn) if part == WHOLE else self.source.batch(positions, drawn, part)
 
     def iterate(self, start: int, stop: int) -> Iterator[tuple[Tensor, ...]]:
         """Batches start … stop − 1, prepared ahead by `workers` processes where there are any."""
@@ -86,10 +91,12 @@ class Stream:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4,
             multiprocessing_context=processes,
+            worker_init_fn=functools.partial(_follow, os.getpid()),
             generator=torch.Generator(),  # for the loader's base seed, which would be drawn from the global generator
         )
-        # A signal to the whole group is the training process's to answer: workers inherit the mask.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGUSR2))
+        # A signal to the whole group is the training process's to answer: workers, and the server they are forked from,
+        # inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
         try:
             batches = iter(loader)
         finally:
@@ -98,6 +105,21 @@ class Stream:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def _follow(process: int, worker: int) -> None:
+    """Have this loader process end when the training process does, whatever ended it.
+
+    torch's loaders watch their parent, which is the server here: it lives until the last of them has gone, and after a
+    kill -9 they would wait for each other for ever.
+    """
+
+    def wait() -> None:
+        with contextlib.suppress(ProcessLookupError):  # gone already
+            select.select([os.pidfd_open(process)], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Cursor:

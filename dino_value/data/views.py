@@ -32,6 +32,7 @@ from torchvision.transforms.v2 import functional as TF
 from dino_value.data.folders import read_image
 from dino_value.data.sampling import generator as keyed_generator
 from dino_value.data.sampling import key as derive
+from dino_value.parts import WHOLE, Part
 
 
 class ViewSettings(Protocol):
@@ -108,17 +109,17 @@ class MemoryViews:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, Tensor]:
-        """Global crops uint8 [2 B 3 H W] and local crops [N B 3 h w]."""
+    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+        """Global crops uint8 [2 B 3 H W] and local crops [N B 3 h w], of the images of `part`."""
         generator = torch.Generator().manual_seed(key)
-        images = self.images[torch.as_tensor(positions)]
+        images = self.images[torch.as_tensor(positions[part.of(len(positions))])]
         height, width = images.shape[-2:]
 
         def views(count: int, size: int, scale: tuple[float, float]) -> Tensor:
-            boxes = sample_boxes(count * len(images), height, width, scale, generator)
+            boxes = part.rows(sample_boxes(count * len(positions), height, width, scale, generator), count)
             return crop(images.repeat(count, 1, 1, 1), boxes, size).unflatten(0, (count, len(images)))
 
-        return _augmented(*_two_groups(views, self.settings, len(images)), self.settings, key)
+        return _augmented(*_two_groups(views, self.settings, len(images)), self.settings, key, part)
 
 
 class FolderViews:
@@ -135,11 +136,12 @@ class FolderViews:
         held = {os.path.realpath(name) for name in names}
         return FolderViews([path for path in self.paths if os.path.realpath(path) not in held], self.settings)
 
-    def batch(self, positions: Sequence[int], key: int) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
         """As `MemoryViews.batch`; the crops of a file follow from (key, its place in the batch)."""
-        rows = [self._one(self.paths[position], derive(key, slot)) for slot, position in enumerate(positions)]
+        slots = range(len(positions))[part.of(len(positions))]
+        rows = [self._one(self.paths[positions[slot]], derive(key, slot)) for slot in slots]
         large, small = zip(*rows, strict=True)
-        return _augmented(torch.stack(large, 1), torch.stack(small, 1), self.settings, key)
+        return _augmented(torch.stack(large, 1), torch.stack(small, 1), self.settings, key, part)
 
     def _one(self, path: Path, key: int) -> tuple[Tensor, Tensor]:
         image = read_image(path)
@@ -163,34 +165,41 @@ def _two_groups(views, settings: ViewSettings, images: int | None) -> tuple[Tens
     return large, torch.zeros(*shape, settings.local_size, settings.local_size, dtype=torch.uint8)
 
 
-def _augmented(large: Tensor, small: Tensor, settings: ViewSettings, key: int) -> tuple[Tensor, Tensor]:
+def _augmented(
+    large: Tensor, small: Tensor, settings: ViewSettings, key: int, part: Part = WHOLE
+) -> tuple[Tensor, Tensor]:
     """The crops of a batch as its source hands them over: augmented already, where loader processes do that."""
     if settings.augment != "torchvision":
         return large, small
-    views = _photometric_groups(large, small, settings, key)
+    views = _photometric_groups(large, small, settings, part, key)
     rounded = [(group * 255).round_().to(torch.uint8) for group in views]
     return rounded[0].view_as(large), rounded[1].view_as(small)
 
 
-def augment(large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str) -> tuple[Tensor, Tensor]:
+def augment(
+    large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str, part: Part = WHOLE
+) -> tuple[Tensor, Tensor]:
     """DINO's flips, colours, blur and solarisation, unless the crops come with them (`views.augment=torchvision`).
 
-    uint8 [2 B 3 H W] and [N B 3 h w] -> float in [0, 1], [2B 3 H W] and [NB 3 h w].
+    uint8 [2 B 3 H W] and [N B 3 h w] -> float in [0, 1], [2B 3 H W] and [NB 3 h w]. The B images are a `part` of the
+    batch.
     """
     if settings.augment == "torchvision":
         return large.flatten(0, 1).float() / 255, small.flatten(0, 1).float() / 255
-    return _photometric_groups(large, small, settings, seed, *keys)
+    return _photometric_groups(large, small, settings, part, seed, *keys)
 
 
 def _photometric_groups(
-    large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str
+    large: Tensor, small: Tensor, settings: ViewSettings, part: Part, seed: int, *keys: int | str
 ) -> tuple[Tensor, Tensor]:
-    batch = large.shape[1]
+    batch = large.shape[1] * part.world
     first, second, local = settings.blur
     # One probability a row: the two global views are treated differently (main_dino.py).
     blur = torch.tensor([first, second]).repeat_interleave(batch)
     solar = torch.tensor([0.0, settings.solarize]).repeat_interleave(batch)
-    globals_ = photometric(large.flatten(0, 1), blur, solar, settings, keyed_generator(seed, "global", *keys))
+    globals_ = photometric(
+        large.flatten(0, 1), blur, solar, settings, keyed_generator(seed, "global", *keys), part, len(large)
+    )
     count = small.shape[0] * batch
     locals_ = photometric(
         small.flatten(0, 1),
@@ -198,6 +207,8 @@ def _photometric_groups(
         torch.zeros(count),
         settings,
         keyed_generator(seed, "local", *keys),
+        part,
+        len(small),
     )
     return globals_, locals_
 
@@ -213,6 +224,14 @@ class Draws(NamedTuple):
     blur: Tensor
     sigma: Tensor  # pixels
     solarize: Tensor
+
+    def part(self, part: Part, views: int) -> Draws:
+        """Those of a part of the batch, `views` of each image."""
+        factors = {name: part.rows(values, views) for name, values in self.factors.items()}
+        own: dict[str, Any] = {
+            name: part.rows(values, views) for name, values in self._asdict().items() if isinstance(values, Tensor)
+        }
+        return self._replace(**own, factors=factors)
 
 
 def draw(blur: Tensor, solar: Tensor, settings: ViewSettings, generator: torch.Generator) -> Draws:
@@ -245,14 +264,21 @@ def draw(blur: Tensor, solar: Tensor, settings: ViewSettings, generator: torch.G
 
 
 def photometric(
-    views: Tensor, blur: Tensor, solar: Tensor, settings: ViewSettings, generator: torch.Generator
+    views: Tensor,
+    blur: Tensor,
+    solar: Tensor,
+    settings: ViewSettings,
+    generator: torch.Generator,
+    part: Part = WHOLE,
+    count: int = 1,
 ) -> Tensor:
     """Flip, jitter, greyscale, blur, solarise, each row by its own draw, with the backend `settings.augment`.
 
     Args:
         views: uint8 [n 3 s s].
-        blur, solar: probabilities [n].
+        blur, solar: probabilities [n], of the whole batch.
         generator: on the CPU: the host knows the rows that an operation touches, so nothing waits for the device.
+        part: of the batch, `count` views of each image, that `views` are.
 
     Returns:
         float [n 3 s s] in [0, 1].
@@ -260,7 +286,7 @@ def photometric(
     images = views.float() / 255
     if len(views) == 0:
         return images
-    draws = draw(blur, solar, settings, generator)
+    draws = draw(blur, solar, settings, generator).part(part, count)
     radius = max(1, min(int(3 * settings.blur_sigma[1] + 0.5), views.shape[-1] - 1))
     return BACKENDS[settings.augment](images, draws, 2 * radius + 1)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from dino_value.designers.controls import RandomMasks
+from dino_value.designers.controls import AttentionMasks, RandomMasks
 from dino_value.designers.masking import fill_in, learned_views, sparsity, total_variation
 from dino_value.designers.sit import SiTDesigner
 from dino_value.designers.unet import UNetDesigner
@@ -14,6 +14,7 @@ DESIGNERS: dict[str, Callable[..., nn.Module]] = {"unet": UNetDesigner, "sit": S
 
 __all__ = [
     "DESIGNERS",
+    "AttentionMasks",
     "RandomMasks",
     "SiTDesigner",
     "UNetDesigner",

@@ -6,14 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_value.parts import WHOLE, Part
 
-def fill_in(views: Tensor, kind: str, blur_sigma: float, generator: torch.Generator | None = None) -> Tensor:
+
+def fill_in(
+    views: Tensor,
+    kind: str,
+    blur_sigma: float,
+    generator: torch.Generator | None = None,
+    part: Part = WHOLE,
+    count: int = 1,
+) -> Tensor:
     """What shows where the mask hides: the view blurred, its mean colour, or noise of its mean and spread.
 
     Args:
         views: [n 3 H W].
         blur_sigma: pixels.
         generator: draws the noise (a CPU generator, so that every device sees the same).
+        part: of the batch, `count` views of each image, that `views` are; noise is drawn for all of it.
 
     Raises:
         ValueError: unknown kind.
@@ -24,7 +34,8 @@ def fill_in(views: Tensor, kind: str, blur_sigma: float, generator: torch.Genera
     if kind == "mean":
         return mean.expand_as(views)
     if kind == "noise":
-        noise = torch.randn(views.shape, generator=generator).to(views.device, views.dtype)
+        noise = torch.randn((len(views) * part.world, *views.shape[1:]), generator=generator)
+        noise = part.rows(noise, count).to(views.device, views.dtype)
         return mean + views.std((-2, -1), keepdim=True) * noise
     raise ValueError(f"fill {kind!r}: choose blur, mean or noise")
 

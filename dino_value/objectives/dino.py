@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_value.objectives.collectives import mean, total, world_size
+
 
 class DINOHead(nn.Module):
     """Three-layer MLP, ℓ2 bottleneck, and a last layer of unit-norm prototypes (appendix C).
@@ -26,7 +28,7 @@ class DINOHead(nn.Module):
 
         def hidden(inputs: int) -> list[nn.Module]:
             # Statistics of the batch alone: no running buffers, so the head stays a pure function of its parameters.
-            norm: list[nn.Module] = [nn.BatchNorm1d(hidden_dim, track_running_stats=False)] if batch_norm else []
+            norm: list[nn.Module] = [BatchNorm(hidden_dim, track_running_stats=False)] if batch_norm else []
             return [nn.Linear(inputs, hidden_dim), *norm, nn.GELU()]
 
         self.mlp = nn.Sequential(*hidden(dim), *hidden(hidden_dim), nn.Linear(hidden_dim, bottleneck_dim))
@@ -40,6 +42,22 @@ class DINOHead(nn.Module):
         """[n D] -> logits [n K]."""
         bottleneck = F.normalize(self.mlp(cls), dim=-1)
         return F.linear(bottleneck, F.normalize(self.last_layer.weight, dim=-1))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Statistics of the whole batch, whatever part of it each process has. torch's SyncBatchNorm has no second
+    derivative and runs on GPUs only."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[n C] -> [n C]."""
+        if world_size() == 1:
+            return super().forward(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            values = rows.float()
+            count = len(values) * world_size()
+            centred = values - total(values.sum(0)) / count
+            scale = (total(centred.square().sum(0)) / count + self.eps).rsqrt()
+            return (centred * scale * self.weight + self.bias).to(rows.dtype)
 
 
 class DINOLoss(nn.Module):
@@ -83,6 +101,10 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
-        """EMA of the teacher's mean logits [2 B K] (eq. 4); after the loss that used the old one."""
+        """EMA of the teacher's mean logits [2 B K] (eq. 4); after the loss that used the old one.
+
+        Where the mean is not finite the centre stays: a step that is skipped must not spoil those after it.
+        """
         logits = teacher_logits.to(self.center.dtype).flatten(0, -2)
-        self.center.lerp_(logits.mean(0, keepdim=True), 1 - self.center_momentum)
+        batch = mean(logits.mean(0, keepdim=True))
+        self.center.lerp_(torch.where(batch.isfinite(), batch, self.center), 1 - self.center_momentum)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_value.objectives.collectives import gather
+
 LEVELS = ("image", "batch")
 NEGATIVES = ("keep", "clip", "clip_teacher")
 
@@ -23,7 +25,8 @@ def gram_loss(
     class itself starts at `negatives="clip"`.
 
     Args:
-        level: "image", similarities within an image; "batch", among all n·N patches, whose matrix has (n·N)² entries.
+        level: "image", similarities within an image; "batch", among all n·N patches, whose matrix has (n·N)² entries;
+            with several processes the mean over them is the whole batch's.
         negatives: "keep"; "clip", similarities below 0 count as 0; "clip_teacher", the teacher's do, and the
             student's too where the teacher's is below 0, so that they cost nothing there.
         normalise: ℓ2-normalise each patch first, so that similarities are cosines.
@@ -65,5 +68,7 @@ def resample_patches(patches: Tensor, grid: tuple[int, int], size: tuple[int, in
 def _similarities(features: Tensor, level: str, normalise: bool) -> Tensor:
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     features = F.normalize(features, dim=-1) if normalise else features
-    features = features if level == "image" else features.flatten(0, 1)
-    return features @ features.mT
+    if level == "image":
+        return features @ features.mT
+    features = features.flatten(0, 1)
+    return features @ gather(features)[0].mT

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_value.objectives.sinkhorn import total
+from dino_value.objectives.collectives import total
+from dino_value.parts import Part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,6 +40,12 @@ class Masks(NamedTuple):
 
     def to(self, device: torch.device | str) -> Masks:
         return Masks(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def part(self, part: Part) -> tuple[Masks, Tensor]:
+        """Those of a part of the images, of which there are two views; and which of the m patches they are, bool."""
+        images = torch.arange(len(self.hidden), device=self.hidden.device)
+        own = torch.zeros_like(images, dtype=torch.bool).index_fill_(0, part.rows(images, 2), True)
+        return Masks.of(part.rows(self.hidden, 2)), own[self.indices // self.hidden.shape[1]]
 
     def pick(self, tokens: Tensor) -> Tensor:
         """The hidden ones [m D] of patch tokens [n N D]."""
@@ -167,4 +174,5 @@ class IBOTLoss(nn.Module):
         logits = teacher_logits.to(self.center.dtype)
         count = total(self.center.new_tensor(float(len(logits))), group)
         mean = total(logits.sum(0, keepdim=True), group) / count.clamp_min(1)
+        mean = torch.where(mean.isfinite(), mean, self.center)  # a step that is skipped must not spoil those after it
         self.center.lerp_(mean, (1 - self.center_momentum) * (count > 0).to(self.center.dtype))

@@ -20,7 +20,9 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dino_value.objectives.collectives import total, world_size
 from dino_value.objectives.interface import Hidden, Learner, Objective, Parts, State
+from dino_value.parts import WHOLE, Part
 
 AnyHidden = TypeVar("AnyHidden", bound=Hidden)
 
@@ -30,6 +32,10 @@ class Blocks(NamedTuple):
 
     context: Tensor
     targets: Tensor
+
+    def part(self, part: Part) -> Blocks:
+        """Those of a part of the images, of which there are two views."""
+        return Blocks(*(part.rows(tensor, 2) for tensor in self))
 
     def to(self, device: torch.device | str) -> Blocks:
         return Blocks(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -214,9 +220,12 @@ class IJEPA(IJEPALoss, Objective):
     def begin(self, step: int, teacher: Learner) -> None:
         pass
 
-    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator) -> Blocks:
+    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: Part = WHOLE) -> Blocks:
         grid = (large.shape[-2] // patch_size, large.shape[-1] // patch_size)
-        return multi_block(len(large), grid, generator, **self.blocks).to(large.device)
+        return multi_block(len(large) * part.world, grid, generator, **self.blocks).part(part).to(large.device)
+
+    def cut(self, targets: Parts, draw: Blocks, part: Part) -> tuple[Parts, Blocks]:
+        return {"ijepa": part.rows(targets["ijepa"], 2)}, draw.part(part)
 
     def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Blocks) -> tuple[Parts, Parts]:
         """Targets `ijepa` [2B M m D]; there are no prototypes, so no temperature and no logits."""
@@ -251,7 +260,12 @@ class IJEPA(IJEPALoss, Objective):
 
     def watch(self, targets: Parts) -> Parts:
         """The targets' standard deviation over the batch: near 1, and 0 where all patches have become one."""
-        return {"target_spread": targets["ijepa"].flatten(0, -2).std(0).mean()}
+        rows = targets["ijepa"].flatten(0, -2)
+        if world_size() == 1:
+            return {"target_spread": rows.std(0).mean()}
+        count = len(rows) * world_size()
+        centred = rows - total(rows.sum(0)) / count
+        return {"target_spread": (total(centred.square().sum(0)) / (count - 1)).sqrt().mean()}
 
 
 def _context(student: Learner, images: Tensor, blocks: Blocks) -> Any:

@@ -22,6 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dino_value.parts import WHOLE, Part
+
 
 class Hidden(Protocol):
     """A backbone's state between two blocks (`dino_value.backbones.Hidden`)."""
@@ -76,8 +78,13 @@ class Objective(nn.Module, abc.ABC):
         """Before learner step `step`; a second call at the same step changes nothing."""
 
     @abc.abstractmethod
-    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator) -> Draw:
-        """What is random about the loss on global views [2B 3 H W]; follows from the (CPU) generator alone."""
+    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: Part = WHOLE) -> Draw:
+        """What is random about the loss on global views [2B 3 H W], a part of the batch; follows from the (CPU)
+        generator alone, which draws for all of the batch."""
+
+    @abc.abstractmethod
+    def cut(self, targets: Parts, draw: Draw, part: Part) -> tuple[Parts, Draw]:
+        """What `teach` and `draw` gave, for a part of their images."""
 
     @abc.abstractmethod
     def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Draw) -> tuple[Parts, Parts]:

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_value.objectives.collectives import mean
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.objectives.gram import gram_loss
 from dino_value.objectives.ibot import IBOTLoss, Masks, MaskToken, block_masks
 from dino_value.objectives.interface import Learner, Objective, Parts, State
 from dino_value.objectives.koleo import koleo
 from dino_value.objectives.sinkhorn import sinkhorn
+from dino_value.parts import WHOLE, Part
 
 
 class HeadSizes(NamedTuple):
@@ -60,7 +62,8 @@ class SelfDistillation(DINOLoss, Objective):
     Args:
         student_temp: of iBOT's patches too, as the centre's momentum.
         sinkhorn_iterations: Sinkhorn-Knopp in place of the centres, this many times; 0: the centres.
-        koleo_weight: of the sum over the two global views (the published code's; each view's images on their own).
+        koleo_weight: of the sum over the two global views (the published code's; each view's images on their own, but
+            those of all processes together).
         backbone: of the learner: its architecture is the Gram teacher's.
     """
 
@@ -104,12 +107,22 @@ class SelfDistillation(DINOLoss, Objective):
         if self._anchored and since % self.gram_settings.refresh == 0:
             self.gram_teacher.load_state_dict(teacher.backbone.state_dict())
 
-    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator) -> Masks | None:
+    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: Part = WHOLE) -> Masks | None:
         if self.ibot is None:
             return None
         grid = (large.shape[-2] // patch_size, large.shape[-1] // patch_size)
         _, probability, ratio, _ = self.ibot_settings
-        return block_masks(len(large), grid, generator, probability, ratio).to(large.device)
+        masks = block_masks(len(large) * part.world, grid, generator, probability, ratio)
+        return (masks if part == WHOLE else masks.part(part)[0]).to(large.device)
+
+    def cut(self, targets: Parts, draw: Masks | None, part: Part) -> tuple[Parts, Masks | None]:
+        own = {"dino": targets["dino"][:, part.of(targets["dino"].shape[1])]}
+        if draw is not None:
+            draw, chosen = draw.part(part)
+            own["ibot"] = targets["ibot"][chosen]
+        if "gram" in targets:
+            own["gram"] = part.rows(targets["gram"], 2)
+        return own, draw
 
     def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Masks | None) -> tuple[Parts, Parts]:
         """Targets `dino` [2 B K], `ibot` [m K], and `gram` [2B N D], which never has a graph."""
@@ -211,4 +224,4 @@ class SelfDistillation(DINOLoss, Objective):
         prototype), and the share of the favourite prototype (1/K … 1)."""
         dino = targets["dino"]
         entropy = -(dino * dino.clamp_min(1e-20).log()).sum(-1).mean()
-        return {"teacher_entropy": entropy, "prototype_share": dino.flatten(0, -2).mean(0).max()}
+        return {"teacher_entropy": entropy, "prototype_share": mean(dino.flatten(0, -2).mean(0)).max()}

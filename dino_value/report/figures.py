@@ -288,6 +288,40 @@ def _curves_png(heading: str, curves: Mapping[str, Sequence[tuple[Array, Array]]
     return _png(figure)
 
 
+# --- probe ------------------------------------------------------------------------------------------------------
+
+_UPDATES = {"designed_sgd": "SGD step", "designed_optimizer": "the run's optimizer"}
+
+
+def probe_figure(probes: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """What V foretells of one step and what the step brings, on held-out feedback; ``probes``: arm -> probe.json."""
+    panels = []
+    for key, title in _UPDATES.items():
+        found = {arm: probes[arm][key] for arm in order_arms(probes) if key in probes[arm]}
+        if found:
+            told = "; ".join(f"{arm_label(arm)} r = {row['pearson']:.2f}" for arm, row in found.items())
+            panels.append(Panel(key, _probe_png(title, found), f"Predicted and realised decrease, {title}: {told}."))
+    caption = (
+        "One dot is one unlabeled batch: the decrease of the downstream loss that V predicts, and what a step gives."
+    )
+    return Figure("probe", "Does V foretell the step?", caption, panels)
+
+
+def _probe_png(title: str, rows: Mapping[str, Mapping[str, Any]]) -> bytes:
+    figure, axes = _axes(4.4, 3.3)
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.axvline(0, color=INK, linewidth=0.6)
+    for (arm, row), style in zip(rows.items(), arm_styles(list(rows)).values(), strict=True):
+        low, high = row["interval"]
+        label = f"{arm_label(arm)}: r = {row['pearson']:.2f} [{low:.2f}, {high:.2f}]"
+        axes.scatter(row["predicted"], row["realised"], s=22, color=style.colour, marker=style.marker, label=label)
+    axes.set_title(title, loc="left", fontsize=11.5)
+    axes.set_xlabel("predicted decrease", fontsize=10)
+    axes.set_ylabel("realised decrease", fontsize=10)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.02, -0.2))
+    return _png(figure)
+
+
 # --- images -------------------------------------------------------------------------------------------------
 
 

@@ -42,18 +42,29 @@ _BADGES = {
 
 
 @dataclass(frozen=True)
+class Section:
+    """Another table with its claims: the same arms under another rule. ``text`` says which."""
+
+    title: str
+    text: str
+    results: Results
+    comparisons: Sequence[Comparison]
+
+
+@dataclass(frozen=True)
 class Report:
     """What the page says. Text fields are plain text and are escaped; an empty part leaves its section out.
 
-    ``summary``: what was run, in a paragraph. ``comparisons``: the claims, by default every standard one that
-    ``results`` allows. ``notes``: caveats, a sentence each. ``settings`` and ``environment``: name -> value.
-    ``commands``: shell lines.
+    ``summary``: what was run, in a paragraph. ``results``: None without any. ``comparisons``: the claims, by
+    default every standard one that ``results`` allows. ``notes``: caveats, a sentence each. ``settings`` and
+    ``environment``: name -> value. ``commands``: shell lines.
     """
 
     title: str
     summary: str
-    results: Results
+    results: Results | None
     comparisons: Sequence[Comparison] | None = None
+    sections: Sequence[Section] = ()
     figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -84,21 +95,32 @@ def write_report(path: str | Path, report: Report) -> Path:
 
 def render(report: Report) -> str:
     """The page as HTML."""
-    comparisons = compare_all(report.results) if report.comparisons is None else report.comparisons
     template = Template(resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=_text(report.title),
         summary=_text(report.summary),
         byline=_byline(report),
-        verdicts=_verdicts(comparisons),
-        table=_results_table(report.results),
-        by_seed=_seeds_table(report.results),
-        results_figure="".join(_figure(f, heading=False) for f in report.figures if f.name == "results"),
+        results=_results(report),
+        sections="".join(_further(section) for section in report.sections),
         figures="".join(_figure(f) for f in report.figures if f.name != "results"),
         notes=_section("Keep in mind", _list(report.notes), report.notes),
         settings=_section("Settings", _pairs(report.settings), report.settings),
         commands=_section("Reproduce this", _commands(report.commands), report.commands),
         environment=_section("Environment", _pairs(report.environment), report.environment),
+    )
+
+
+def _results(report: Report) -> str:
+    """The claims, and then the numbers that they are made of."""
+    if report.results is None:
+        return ""
+    comparisons = compare_all(report.results) if report.comparisons is None else report.comparisons
+    claims = f"<section><h2>What it brought</h2>{_verdicts(comparisons)}</section>" if comparisons else ""
+    figure = "".join(_figure(f, heading=False) for f in report.figures if f.name == "results")
+    return (
+        f"{claims}<section><h2>Results</h2>{_results_table(report.results)}"
+        '<p class="small">Mean ± standard deviation over the seeds; bold marks the best mean, not yet a claim.</p>'
+        f"<details><summary>Every seed</summary>{_seeds_table(report.results)}</details>{figure}</section>"
     )
 
 
@@ -115,8 +137,10 @@ def _slug(name: str) -> str:
 
 
 def _byline(report: Report) -> str:
-    seeds = seeds_of(report.results)
-    parts = [f"{seeds} seed{'s' if seeds != 1 else ''}", f"{len(arms_of(report.results))} arms"]
+    parts = []
+    if report.results is not None:
+        seeds, arms = seeds_of(report.results), len(arms_of(report.results))
+        parts = [f"{seeds} seed{'s' if seeds != 1 else ''}", f"{arms} arm{'s' if arms != 1 else ''}"]
     if report.seconds is not None:
         parts.append(f"took {_duration(report.seconds)}")
     return _text(" · ".join(parts))
@@ -138,16 +162,25 @@ def _verdicts(comparisons: Sequence[Comparison]) -> str:
         parts.append(f'<h3>{title}</h3><ul class="verdicts">{rows}</ul>')
     parts.append(
         '<p class="small">Differences are first arm minus second, paired by seed, in the unit shown; in '
-        f"brackets, the {LEVEL:.0%} interval of the mean over seeds (expanded percentile bootstrap). A claim "
+        f"brackets, the {LEVEL:.0%} interval of the mean over seeds (expanded percentile bootstrap); the effect size "
+        "is the mean difference in standard deviations of the differences. A claim "
         f"needs at least {MIN_SEEDS} seeds and an interval that leaves out zero; intervals are not corrected "
         "for the number of claims.</p>"
     )
     return "".join(parts)
 
 
+def _further(section: Section) -> str:
+    return (
+        f"<section><h2>{_text(section.title)}</h2><p>{_text(section.text)}</p>"
+        f"{_results_table(section.results)}{_verdicts(section.comparisons)}</section>"
+    )
+
+
 def _verdict(comparison: Comparison) -> str:
     badge = f'<span class="badge {_slug(comparison.outcome)}">{_BADGES[comparison.outcome]}</span>'
-    return f"<li>{badge} <span>{_claim(comparison.sentence)}</span></li>"
+    effect = "" if comparison.effect is None else f' <span class="small">effect size {comparison.effect:+.1f}</span>'
+    return f"<li>{badge} <span>{_claim(comparison.sentence)}{effect}</span></li>"
 
 
 def _results_table(results: Results) -> str:

@@ -68,6 +68,7 @@ _METRICS = {
     for m in (
         _percent("miou", "mIoU"),
         _percent("top1", "top-1"),
+        _percent("knn_top1", "k-NN top-1"),
         _percent("delta1", "depth δ₁"),
         Metric("rmse", "depth RMSE", higher_is_better=False, unit="m", difference_unit=" m"),
         Metric("absrel", "depth AbsRel", higher_is_better=False),
@@ -195,7 +196,8 @@ def _expanded_tail(n: int, level: float) -> float:
 class Comparison:
     """``arm`` minus ``against`` over the ``n`` seeds that have both.
 
-    ``wins``: the seeds where ``arm`` is strictly better; ``left_out``: those where one has no value.
+    ``wins``: the seeds where ``arm`` is strictly better; ``left_out``: those where one has no value; ``effect``: the
+    mean difference in standard deviations of the differences (Cohen's d_z), None where they do not vary.
     """
 
     arm: str
@@ -206,6 +208,7 @@ class Comparison:
     wins: int
     n: int
     left_out: int = 0
+    effect: float | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -270,6 +273,7 @@ def compare(
         wins=int(np.sum(kept > 0 if metric.higher_is_better else kept < 0)),
         n=kept.size,
         left_out=differences.size - kept.size,
+        effect=float(kept.mean() / kept.std(ddof=1)) if kept.size > 1 and kept.std() > 0 else None,
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import Interrupted, UserError
-from dino_value.eval import command, common, depth, linear, seg
+from dino_value.eval import command, common, depth, fitting, linear, seg
 
 SIZE = (32, 32)
 COLOURS = torch.tensor([[230, 30, 30], [30, 230, 30], [30, 30, 230], [230, 230, 30]], dtype=torch.uint8)
@@ -167,7 +167,7 @@ def test_validation_is_upsampled_a_few_images_at_a_time(backbone: Backbone, monk
         return loss(logits, labels)
 
     monkeypatch.setattr(seg, "segmentation_loss", count)
-    monkeypatch.setattr(common, "fit_head", lambda head, *_: head.eval())
+    monkeypatch.setattr(fitting, "fit_head", lambda head, *_: head.eval())
     few = seg.evaluate(backbone, seg_source(8), seg_source(10, 1), replace(SEG, batch=4))
     assert seen == [4, 4, 2]
     assert seg.evaluate(backbone, seg_source(8), seg_source(10, 1), replace(SEG, batch=10)) == pytest.approx(few)

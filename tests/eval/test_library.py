@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from dino_value import cli
 from dino_value.backbones import Backbone, create_backbone, save_backbone
-from dino_value.data.labelled import LabelledTensors
+from dino_value.data.labelled import LabelledTensors, readable
 from dino_value.errors import Interrupted, UserError
-from dino_value.eval import EVALUATIONS, command, common, depth, intervals, knn, linear, output, seg
+from dino_value.eval import EVALUATIONS, command, common, depth, fitting, intervals, knn, linear, output, seg
 from dino_value.heads import LinearBNHead, LinearBNHeads, classification_loss, heads_loss
 
 SIZE = (32, 32)
@@ -87,12 +87,12 @@ def test_dense_heads_read_four_blocks(backbone: Backbone) -> None:
 def test_views_and_unreadable_items() -> None:
     source = class_source(6)
     source.targets[2] = 3
-    view, errors = common.readable(source)
-    assert (len(view), errors) == (5, ["sample 2: labels 3 … 3, but there are 3 classes (0 … 2, 255 = ignore)"])
+    view = readable(common.View(source))
+    assert (len(view), view.skipped) == (5, ["sample 2: labels 3 … 3, but there are 3 classes (0 … 2, 255 = ignore)"])
     assert view.name(2) == "sample 3"
     source.targets[:] = 3
-    with pytest.raises(UserError, match="no item can be read"):
-        common.readable(source)
+    with pytest.raises(UserError, match="none of 6 images can be read"):
+        readable(common.View(source))
 
 
 def test_the_centre_of_a_larger_image() -> None:
@@ -322,7 +322,7 @@ class StopAfter:
     """Raise SIGTERM in this process while batch `count` is asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-        batches = common.training_batches
+        batches = fitting.training_batches
 
         def stopping(*args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, Tensor]]:
             for index, batch in enumerate(batches(*args, **kwargs), start=1):
@@ -330,7 +330,7 @@ class StopAfter:
                     signal.raise_signal(signal.SIGTERM)
                 yield batch
 
-        monkeypatch.setattr(common, "training_batches", stopping)
+        monkeypatch.setattr(fitting, "training_batches", stopping)
 
 
 @pytest.mark.parametrize("cache_gb", [0.0, 4.0])
@@ -407,6 +407,57 @@ def test_all_evaluations_in_one_call(two: list[str], tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.usefixtures("embedded")
+def test_a_stopped_command_goes_on_where_it_was(
+    two: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM in the second of two head trainings: the first is not trained again, and the numbers are the same."""
+    settings = ["steps=6", "size=32", "device=cpu", "batch=4", "linear.lr=1e-2"]
+    arguments = ["eval", "all", two[0], "--data-imagefolder", "scenes", "--data-ade20k", "scenes", *settings]
+    assert cli.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
+    arguments = [*arguments, "--out", str(tmp_path / "stopped")]
+    batches, seen = fitting.training_batches, list[int]()
+
+    def stopping(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in batches(*args):
+            seen.append(1)
+            if len(seen) == 9:  # the third of seg, after six of linear
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    def counting(*args: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        seen.append(args[4])
+        return batches(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "training_batches", stopping)
+        assert cli.main(arguments) == 75
+    assert len(seen) == 9
+    assert "stopped: " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "training_batches", counting)
+        assert cli.main([*arguments, "resume=true"]) == 0
+    assert seen[9:] == [6, 3]  # both begin where they were: nothing is left of linear, half of seg
+    for name in ("linear", "knn", "seg", "retrieval"):
+        first, second = (
+            json.loads((tmp_path / kind / name / "results.json").read_text()) for kind in ("whole", "stopped")
+        )
+        for key in ("seconds", "phases", "images_per_second", "environment"):
+            del first[key], second[key]
+        assert first == second
+    assert not list(tmp_path.rglob(".*.pt"))
+
+
+@pytest.mark.usefixtures("embedded")
+def test_switches_and_data_of_one_evaluation(two: list[str], tmp_path: Path) -> None:
+    settings = ["steps=2", "size=32", "device=cpu", "batch=4", "depth.eigen-crop=false", "depth.flip=false"]
+    arguments = ["eval", "all", two[0], "--data-nyuv2", "scenes", "retrieval.data=scenes", "--out", str(tmp_path)]
+    assert cli.main([*arguments, *settings]) == 0
+    assert set(json.loads((tmp_path / "comparison.json").read_text())) == {"depth", "retrieval"}
+    results = json.loads((tmp_path / "depth" / "results.json").read_text())
+    assert results["settings"]["eigen_crop"] is results["settings"]["flip"] is False
+
+
+@pytest.mark.usefixtures("embedded")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -417,6 +468,7 @@ def test_all_evaluations_in_one_call(two: list[str], tmp_path: Path, capsys: pyt
         (["W", "--data", "scenes", "seg.steps=many"], "invalid int value"),
         (["W", "W", "--data", "scenes"], "given twice"),
         (["W", "--data", "scenes", "steps=0"], "steps=0 must be positive"),
+        (["W", "--data", "scenes", "seg.flip=maybe"], "seg.flip=maybe: choose true or false"),
     ],
 )
 def test_all_refuses(
@@ -479,7 +531,7 @@ def test_every_entry_of_the_registry(name: str) -> None:
     assert found.name == name
     flags = set(vars(command.build_parser(found).parse_args(["w", "--data", "d", "--out", "o"])))
     # Every flag sets an option, or is one that the command line knows.
-    known = {"weights", "data", "out", "model", "min_match", "skip_unreadable", "set"}
+    known = {"weights", "data", "out", "model", "min_match", "skip_unreadable", "set", "group_pattern", "matmul"}
     assert flags - known <= set(found.defaults.__dataclass_fields__)
 
 

@@ -113,6 +113,7 @@ class Truth:
     database: list[Path]
     queries: list[tuple[Path, tuple[float, float, float, float]]]
     ground_truth: list[dict[str, np.ndarray]]
+    name: str = "truth"
 
 
 def test_protocols_of_revisited_sets() -> None:

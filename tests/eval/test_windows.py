@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
-from dino_value.backbones import Backbone, create_backbone
+from dino_value.backbones import Backbone, Features, create_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import UserError
-from dino_value.eval import common, overhead, seg, windows
+from dino_value.eval import common, seg, windows
+from dino_value.eval.benchmarks import timing
 
 OPTIONS = seg.SegOptions(size=(32, 32), steps=2, batch=4, lr=1e-2, device="cpu")
 NAMES = ["a", "b", "c", "d", "e"]
@@ -149,6 +150,55 @@ def test_scores_are_those_of_one_window_at_a_time(
         assert found[name] == pytest.approx(expected[name], abs=2e-3), name  # a few pixels lie on a tie
 
 
+class EachPatchAlone(torch.nn.Module):
+    """A backbone without attention or position: a patch's feature is its mean colour, wherever a window begins."""
+
+    patch_size, embed_dim, depth, name = 8, 3, 1, "mean colour"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.still = torch.nn.Parameter(torch.zeros(()))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        return images.float() / 255
+
+    def forward(self, images: Tensor) -> Features:
+        means = F.avg_pool2d(images, 8)
+        return Features(means.mean((2, 3)), means.flatten(2).transpose(1, 2), (means.shape[2], means.shape[3]))
+
+
+@pytest.mark.parametrize("stride", [16, 24, 32])
+def test_windows_and_the_whole_image_agree_inside(stride: int, generator: torch.Generator) -> None:
+    """From the image to the logits at full size. Where a patch is seen alone, windows on the patch grid can differ from
+    the whole in the bilinear upsampling alone, within half a patch of a window's edge.
+    """
+    height, width = 64, 88
+    data = LabelledTensors(
+        "seg",
+        torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8, generator=generator),
+        torch.zeros(1, height, width, dtype=torch.int64),
+        NAMES,
+    )
+    options = replace(OPTIONS, stride=stride)
+    extractor = common.FrozenBackbone(EachPatchAlone(), seg.read_map, options)  # type: ignore[arg-type]
+    head = torch.nn.Conv2d(3, 5, 1)
+    dataset = seg.Scaled(data, options, 8)
+    image = data.images[0]
+    with torch.no_grad():
+        ((found,),) = seg.predict(extractor, head, dataset, [[image]], options)
+        slid = torch.cat(list(found.strips((height, width))), 1)
+        coarse = head(extractor(image[None]))
+        whole = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)[0]
+    assert len(found.grid) > 1
+    inside = torch.ones(height, width, dtype=torch.bool)
+    for starts, side, mask in ((found.grid.tops, height, inside), (found.grid.lefts, width, inside.T)):
+        for edge in {cut for start in starts for cut in (start, start + 32)} - {0, side}:
+            mask[edge - 4 : edge + 4] = False
+    assert inside.float().mean() > 0.2
+    torch.testing.assert_close(slid[:, inside], whole[:, inside], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(slid[:, ~inside], whole[:, ~inside], atol=1e-3)
+
+
 def test_one_window_is_the_whole_image(backbone: Backbone) -> None:
     """Square images at the window's size: nothing slides, so nothing may differ."""
     results = [
@@ -187,7 +237,7 @@ def test_memory_grows_with_the_width_not_the_area(monkeypatch: pytest.MonkeyPatc
     def prepare() -> Callable[[], object]:
         return work
 
-    assert overhead.peak_tensors(overhead.Case("", prepare)) < 32e6
+    assert timing.peak_tensors(timing.Case("", prepare)) < 32e6
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -243,8 +293,8 @@ def test_a_crop_moves_image_and_labels_together() -> None:
 def test_features_are_kept_only_where_crops_do_not_vary(backbone: Backbone) -> None:
     with common.frozen(backbone, seg.read_map, OPTIONS) as extractor:
         square, wide = (seg.Crops(source(32, width, 8), OPTIONS) for width in (32, 50))
-        assert common._cache(extractor, square, OPTIONS) is not None
-        assert common._cache(extractor, wide, OPTIONS) is None
+        assert common.remember(extractor, square, OPTIONS) is not None
+        assert common.remember(extractor, wide, OPTIONS) is None
 
 
 def test_a_small_scale_is_padded_with_ignored_pixels() -> None:

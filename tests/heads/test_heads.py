@@ -14,8 +14,10 @@ from dino_value.heads import (
     classification_loss,
     depth_loss,
     feature_map,
+    segmentation,
     segmentation_loss,
 )
+from dino_value.heads.segmentation import IGNORE
 
 DIM, CLASSES = 12, 5
 
@@ -113,3 +115,28 @@ def test_depth_is_positive_and_not_clamped() -> None:
 
 def test_classification_loss() -> None:
     assert classification_loss(torch.zeros(3, 4), torch.tensor([0, 1, 3])).item() == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize(("size", "strip"), [((37, 50), 3), ((37, 50), 64), ((5, 4), 2)])
+def test_cross_entropy_in_strips_is_the_whole_ones(
+    generator: torch.Generator, size: tuple[int, int], strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against every logit at full resolution, in value and gradient; the last strip is cut short."""
+    classes = segmentation.STRIPS_FROM
+    monkeypatch.setattr(segmentation, "STRIP_BYTES", strip * 4 * size[1] * classes)
+    logits = torch.randn(2, classes, 5, 7, generator=generator).requires_grad_()
+    labels = torch.randint(classes, (2, *size), generator=generator)
+    labels[:, :2] = IGNORE
+    whole = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    expected = F.cross_entropy(whole, labels, ignore_index=IGNORE)
+    found = segmentation_loss(logits, labels)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(segmentation_loss(whole, labels), expected)  # nothing to upsample
+    for scale in (1.0, -2.5):
+        ours, theirs = (torch.autograd.grad(scale * loss, logits, retain_graph=True) for loss in (found, expected))
+        torch.testing.assert_close(ours, theirs)
+    assert not torch.autograd.grad(segmentation_loss(logits, torch.full_like(labels, IGNORE)), logits)[0].any()
+    low = logits.detach().bfloat16().requires_grad_()
+    (gradient,) = torch.autograd.grad(segmentation_loss(low, labels), low)
+    assert gradient.dtype == torch.bfloat16
+    torch.testing.assert_close(segmentation_loss(low, labels), expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,422 @@
+"""Arms against each other: one configuration, one start, one stream, paired by seed, and a sentence for every claim.
+
+Two tables: arms at equal learner steps, and at equal wall-clock, where an arm whose steps cost more takes fewer of them
+(each with its own complete schedule).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from torch import Tensor
+from yaml import YAMLError
+
+from dino_value.backbones import WEIGHTS_NAME, Backbone, create_backbone, load_backbone, load_weights
+from dino_value.config import Config, load_config, packaged
+from dino_value.data.labelled import LabelledDataset, open_labelled
+from dino_value.errors import UserError
+from dino_value.eval import EVALUATIONS
+from dino_value.files import write_json
+from dino_value.process import choose_device
+from dino_value.report.statistics import Comparison, compare_all
+from dino_value.report.terminal import results_table
+from dino_value.track import environment, read_metrics
+from dino_value.train import train
+
+HEADLINES = {"seg": "miou", "depth": "rmse", "linear": "top1", "knn": "knn_top1"}
+"""The number of each evaluation that arms are compared by."""
+
+STEP0, RUNS = "step0", "runs"
+PCA_ARMS = 5  # that a row of pictures has room for
+
+Table = dict[str, dict[str, list[float]]]
+"""arm -> metric -> one value a seed."""
+
+
+@dataclass
+class Spec:
+    """What to compare; a YAML file, see configs/compare."""
+
+    config: str = MISSING  # the training configuration that all arms share
+    out: str = "compare"
+    seeds: int = 5
+    overrides: list[str] = field(default_factory=list)  # key=value, of every arm
+    # name -> key=value of this arm alone; @name in a value is the run of that arm with the same seed
+    arms: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)  # seg, depth, linear, knn -> {data: ROOT, option: value}
+    equal_time: bool = True  # a second table, at equal wall-clock
+    reference: str = "baseline"  # the arm whose wall-clock all then have
+    claims: list[Any] = field(
+        default_factory=list
+    )  # [arm, against]; by default every arm named value… against the rest
+
+
+def load_spec(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Spec:
+    """A YAML file, or a packaged one (`compare/scenes`), with `key=value` of the specification itself, checked.
+
+    Raises:
+        UserError: what is wrong, in one line.
+    """
+    path = next((path for path in (packaged(source), packaged(f"{source}.yaml")) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{source}: no such file, and no packaged comparison of that name")
+    try:
+        loaded, given = OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))
+        if not isinstance(loaded, DictConfig):
+            raise UserError(f"{path}: expected keys and values at the top level")
+        known = {item.name for item in fields(Spec)}
+        for name in map(str, (*loaded, *given)):
+            if name not in known:
+                raise UserError(f"{path}: unknown key {name}; a comparison has {', '.join(sorted(known))}")
+        spec = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Spec), loaded, given))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    assert isinstance(spec, Spec)
+    return check_spec(spec)
+
+
+def check_spec(spec: Spec) -> Spec:
+    """The same, if it can be run.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if spec.seeds < 1:
+        raise UserError(f"seeds={spec.seeds}: at least one")
+    if STEP0 in spec.arms or not spec.arms:
+        raise UserError(f"arms: give at least one, none called {STEP0}, which is always there")
+    for name, changes in spec.arms.items():
+        if not isinstance(changes, list) or not all(isinstance(change, str) and "=" in change for change in changes):
+            raise UserError(f"arms.{name}: expected a list of key=value, found {changes!r}")
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise UserError(f"arms.{name}: a name is letters, digits, - and _")
+        for other in _named(changes):
+            if other not in spec.arms or _named(spec.arms[other]):
+                raise UserError(f"arms.{name}: @{other} is not an arm, or itself needs another one")
+    if spec.equal_time and spec.reference not in spec.arms:
+        raise UserError(f"reference={spec.reference}: not an arm; choose one, or set equal_time=false")
+    for name, options in spec.evaluate.items():
+        if name not in HEADLINES:
+            raise UserError(f"evaluate.{name}: choose {', '.join(HEADLINES)}")
+        if not isinstance(options, Mapping) or "data" not in options:
+            raise UserError(f"evaluate.{name}: give data: ROOT, and options of `dino-value eval {name}`")
+        _options(name, options, 0)
+    if not spec.evaluate:
+        raise UserError(f"evaluate: give at least one of {', '.join(HEADLINES)}")
+    for claim in claims_of(spec):
+        if len(claim) != 2 or not {*claim} <= {*spec.arms, STEP0}:
+            raise UserError(f"claims: {list(claim)}: give [arm, against], two of {', '.join((STEP0, *spec.arms))}")
+    return spec
+
+
+def _named(changes: Sequence[str]) -> list[str]:
+    return [change.split("=@", 1)[1].split("/")[0] for change in changes if "=@" in change]
+
+
+def claims_of(spec: Spec) -> list[tuple[str, ...]]:
+    """The pairs to compare, in order."""
+    if spec.claims:
+        return [tuple(claim) for claim in spec.claims]
+    ours = [name for name in spec.arms if name.startswith("value")]
+    rest = [name for name in spec.arms if name not in ours]
+    return [(arm, against) for arm in ours for against in (*rest, STEP0)]
+
+
+def compare(spec: Spec, jobs: int = 1) -> dict[str, Any]:
+    """Train, evaluate and judge; what results.json holds.
+
+    A comparison that was stopped goes on when the same is asked for again: finished runs and evaluations are kept.
+
+    Args:
+        jobs: runs at a time; above one, in processes of their own.
+
+    Raises:
+        UserError: the folder is in use for something else; a run's own error.
+        Interrupted: a signal came; everything is saved.
+    """
+    began, out = time.monotonic(), Path(spec.out)
+    prepare(out)
+    start = {STEP0: _columns([_start_row(spec, seed) for seed in range(spec.seeds)])}
+    configs = {(arm, seed): config_of(spec, arm, seed) for arm in spec.arms for seed in range(spec.seeds)}
+    results: dict[str, Any] = {"seeds": list(range(spec.seeds)), "arms": start | run_arms(spec, configs, jobs)}
+    results["seconds_per_step"] = cost = {arm: step_seconds(spec, configs, arm) for arm in spec.arms}
+    results["steps"] = {arm: configs[arm, 0].steps for arm in spec.arms}
+    results["claims"] = _claims(spec, results)
+    if spec.equal_time:
+        for (arm, seed), config in configs.items():
+            steps = equal_time(config.steps, cost[arm], cost[spec.reference])
+            if steps != config.steps:
+                folder = Path(config.out)
+                configs[arm, seed] = replace(config, steps=steps, out=str(folder.with_name(f"{folder.name}_{steps}")))
+        timed: dict[str, Any] = {"seeds": results["seeds"], "arms": start | run_arms(spec, configs, jobs)}
+        timed["steps"] = {arm: configs[arm, 0].steps for arm in spec.arms}
+        timed["claims"] = _claims(spec, timed)
+        results["equal_time"] = timed
+    results["environment"] = environment(0, choose_device("auto"))
+    results["seconds"] = round(time.monotonic() - began, 1)
+    write_json(out / "results.json", results)
+    return results
+
+
+def prepare(out: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        UserError: not writable, or in use for something else.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / RUNS).is_dir():
+            raise UserError(f"{out}: is not empty and not a comparison's folder; choose another")
+        (out / RUNS).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def config_of(spec: Spec, arm: str, seed: int) -> Config:
+    """The configuration of an arm's run; nothing but the arm's own list tells arms apart."""
+    runs = Path(spec.out) / RUNS
+    changes = [change.replace("=@", f"={runs}/") for change in spec.arms[arm]]
+    changes = [
+        f"{change}_{seed}" if _named([old]) else change for old, change in zip(spec.arms[arm], changes, strict=True)
+    ]
+    return load_config(spec.config, [*spec.overrides, *changes, f"seed={seed}", f"out={runs / f'{arm}_{seed}'}"])
+
+
+def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int) -> Table:
+    """Every run trained and evaluated; arms that name no other arm go first."""
+    console, rows = Console(stderr=True), dict[tuple[str, int], dict[str, float]]()
+    for wave in (False, True):
+        work = [key for key in configs if bool(_named(spec.arms[key[0]])) == wave]
+        if jobs == 1:
+            for arm, seed in work:
+                config = configs[arm, seed]
+                console.print(f"[bold]{arm}[/bold], seed {seed}: {config.steps} steps")
+                rows[arm, seed] = run_one(config, spec.evaluate)
+            continue
+        # Processes that start anew: torch's threads and CUDA do not survive a fork.
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _limit_threads, (jobs,)) as pool:
+            futures = {key: pool.submit(run_one, configs[key], spec.evaluate, True) for key in work}
+            try:
+                for (arm, seed), future in futures.items():
+                    rows[arm, seed] = future.result()
+                    console.print(f"[bold]{arm}[/bold], seed {seed}: done")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return {arm: _columns([rows[arm, seed] for seed in range(spec.seeds)]) for arm in spec.arms}
+
+
+def _limit_threads(jobs: int) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def run_one(config: Config, evaluations: Mapping[str, Any], quiet: bool = False) -> dict[str, float]:
+    """Train one run, unless it is finished, and evaluate it, unless it has been."""
+    folder = train(config, quiet)
+    return _kept(folder / "results" / "compare.json", evaluations, config.seed, lambda: load_backbone(folder))
+
+
+def _start_row(spec: Spec, seed: int) -> dict[str, float]:
+    config = config_of(spec, next(iter(spec.arms)), seed)
+    path = Path(spec.out) / STEP0 / f"{seed}.json"
+    path.parent.mkdir(exist_ok=True)
+    return _kept(path, spec.evaluate, seed, lambda: start_backbone(config))
+
+
+def _kept(path: Path, evaluations: Mapping[str, Any], seed: int, load: Callable[[], Backbone]) -> dict[str, float]:
+    """The evaluation's numbers, from `path` if it holds them."""
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found["evaluate"] == evaluations:
+            numbers: dict[str, float] = found["metrics"]
+            return numbers
+    metrics = evaluate(load(), evaluations, seed)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"evaluate": dict(evaluations), "seed": seed, "metrics": metrics})
+    return metrics
+
+
+def start_backbone(config: Config) -> Backbone:
+    """The untouched backbone that a run begins with."""
+    b = config.backbone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = create_backbone(b.name, config.views.global_size, b.kwargs, b.weights, b.min_match, b.keep_grid)
+    if config.start_from is not None:
+        path = packaged(config.start_from)
+        load_weights(backbone, path / WEIGHTS_NAME if path.is_dir() else path)
+    return backbone
+
+
+def evaluate(
+    backbone: Backbone, evaluations: Mapping[str, Any], seed: int, split: str = "validation"
+) -> dict[str, float]:
+    """The headline of each evaluation on held-out images, and the loss where there is one (`miou_loss`).
+
+    Settings may be chosen on the split `tuning` of the embedded scenes only.
+    """
+    found: dict[str, float] = {}
+    for name, settings in evaluations.items():
+        evaluation = import_module(EVALUATIONS[name]).EVALUATION
+        parts = (open_labelled(evaluation.layout, settings["data"], part) for part in ("training", split))  # type: ignore[arg-type]
+        metrics = evaluation.measure(backbone, tuple(parts), _options(name, settings, seed)).metrics
+        headline = HEADLINES[name]
+        found[headline] = metrics[headline.removeprefix(f"{name}_")]
+        if "loss" in metrics:
+            found[f"{headline}_loss"] = metrics["loss"]
+    return found
+
+
+def _options(name: str, settings: Mapping[str, Any], seed: int) -> Any:
+    defaults = import_module(EVALUATIONS[name]).EVALUATION.defaults
+    given = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key != "data"
+    }
+    unknown = given.keys() - {item.name for item in fields(defaults)}
+    if unknown:
+        raise UserError(f"evaluate.{name}: unknown option {', '.join(sorted(unknown))}")
+    return replace(defaults, seed=seed, **given)
+
+
+def step_seconds(spec: Spec, configs: Mapping[tuple[str, int], Config], arm: str) -> float:
+    """Wall-clock of a learner step of an arm, designer updates included: the median over seeds."""
+    found = []
+    for seed in range(spec.seeds):
+        config = configs[arm, seed]
+        found.append(sum(row.get("seconds", 0.0) for row in read_metrics(Path(config.out))) / config.steps)
+    return statistics.median(found)
+
+
+def equal_time(steps: int, seconds: float, reference: float) -> int:
+    """How many steps of `seconds` take the time of `steps` of `reference`; a difference under 2 % is the clock's."""
+    ratio = reference / seconds
+    return steps if abs(ratio - 1) < 0.02 else max(1, round(steps * ratio))
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def headlines(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The same results without the evaluations' losses: what the tables show."""
+    arms = {
+        arm: {name: values for name, values in row.items() if name in HEADLINES.values()}
+        for arm, row in results["arms"].items()
+    }
+    return {"arms": arms, "seeds": results["seeds"]}
+
+
+def judge(spec: Spec, results: Mapping[str, Any]) -> list[Comparison]:
+    """Every claim on every headline."""
+    return compare_all(headlines(results), [(arm, against) for arm, against in claims_of(spec)])
+
+
+def _claims(spec: Spec, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "arm": one.arm,
+            "against": one.against,
+            "metric": one.metric.key,
+            "difference": one.difference,
+            "interval": None if one.interval is None else list(one.interval),
+            "wins": one.wins,
+            "n": one.n,
+            "effect": one.effect,
+            "verdict": one.outcome,
+            "sentence": one.sentence,
+        }
+        for one in judge(spec, results)
+    ]
+
+
+def write_page(
+    spec: Spec,
+    results: Mapping[str, Any],
+    title: str,
+    summary: str,
+    commands: Sequence[str],
+    notes: Sequence[str] = (),
+) -> Path:
+    """report.html, and its pictures: the tables, the claims, curves, masks and features of the first seed."""
+    from dino_value.gallery import masked, patch_map
+    from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure
+    from dino_value.report.page import Report, Section, write_report
+
+    table, out = headlines(results), Path(spec.out)
+    runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
+    first = config_of(spec, next(iter(spec.arms)), 0)
+    images = _pictures(spec, first.views.global_size)
+    figures = [results_figure(table), curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"))]
+    if images is not None:
+        shown = {arm: masked(folders[0], images) for arm, folders in runs.items()}
+        drawn = {arm: found for arm, found in shown.items() if found is not None}
+        if drawn:
+            masks, views = ({arm: found[part] for arm, found in drawn.items()} for part in (0, 1))
+            figures.append(masks_figure(images, masks, views))
+        backbones = {STEP0: start_backbone(first), **{arm: load_backbone(folders[0]) for arm, folders in runs.items()}}
+        few = dict(list(backbones.items())[:PCA_ARMS])
+        figures.append(pca_figure(images, {arm: patch_map(backbone, images) for arm, backbone in few.items()}))
+    cost = results["seconds_per_step"]
+    sections = []
+    if "equal_time" in results:
+        timed = results["equal_time"]
+        told = ", ".join(f"{arm} {steps}" for arm, steps in timed["steps"].items())
+        text = (
+            f"Every arm has the time that {spec.reference} takes for {results['steps'][spec.reference]} steps, and a "
+            f"schedule of its own. Steps: {told}."
+        )
+        sections.append(Section("At equal wall-clock", text, headlines(timed), judge(spec, timed)))
+    page = Report(
+        title=title,
+        summary=summary,
+        results=table,
+        comparisons=judge(spec, results),
+        sections=sections,
+        figures=figures,
+        notes=[
+            "The first table has equal learner steps; an arm whose designer learns spends more time on each. Seconds a "
+            f"step, median over seeds: {', '.join(f'{arm} {seconds:.3f}' for arm, seconds in cost.items())}.",
+            "Frozen features; heads trained on labelled images, scored on held-out ones.",
+            *notes,
+        ],
+        settings={arm: " ".join(changes) or "as configured" for arm, changes in spec.arms.items()},
+        commands=commands,
+        environment={k: v for k, v in results["environment"].items() if k not in ("command", "seed")},
+        seconds=results["seconds"],
+    )
+    return write_report(out / "report.html", page)
+
+
+def _pictures(spec: Spec, size: int, count: int = 6) -> Tensor | None:
+    """Held-out images uint8 [n 3 size size] of the first evaluation."""
+    name, settings = next(iter(spec.evaluate.items()))
+    layout = import_module(EVALUATIONS[name]).EVALUATION.layout
+    source = open_labelled(layout, settings["data"], "validation")
+    data = LabelledDataset(source, range(min(count, len(source))), size=(size, size))
+    return data.batch(range(len(data)))[0] if len(data) else None
+
+
+def print_claims(spec: Spec, results: Mapping[str, Any]) -> None:
+    """Tables and sentences for a terminal."""
+    console = Console()
+    rules = [("equal learner steps", results)]
+    rules += [("equal wall-clock", results["equal_time"])] if "equal_time" in results else []
+    for title, found in rules:
+        console.print(results_table(headlines(found), title))
+        comparisons = judge(spec, found)
+        console.print(*(one.sentence for one in comparisons), sep="\n", markup=False, highlight=False)

@@ -1,0 +1,253 @@
+"""Continued pretraining of a language model, steered: Algorithm 1 with soft targets in place of views.
+
+Feedback reaches θ by one path only: feedback → g_down → φ → targets → ∇_θ L_pre. The learner's own step is plain
+cross-entropy against targets made under no_grad. `sft` is the exception that it is there to be: it trains on the
+feedback too.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dino_value.errors import Interrupted, UserError
+from dino_value.language.config import SOFT, LanguageConfig
+from dino_value.language.evaluate import answer_loss
+from dino_value.language.learner import Learner, evaluating, export_learner, load_model, load_tokenizer
+from dino_value.language.steer import Steer, check_candidates, open_feedback, open_streams
+from dino_value.language.stream import Batch, ExampleSet, TextStream
+from dino_value.language.targets import next_token, soft_cross_entropy
+from dino_value.language.text import Encoder, read_examples
+from dino_value.optim import FiniteGuard, cosine_schedule
+from dino_value.process import bfloat16, choose_device, stop_requests
+from dino_value.run_folder import prepare_folder, record_environment
+from dino_value.seeds import key
+from dino_value.track import Meters, MetricsFile, Reporter, environment
+
+SCHEDULE = 10_000  # ticks of a schedule over a run
+
+
+def train(config: LanguageConfig, quiet: bool = False) -> Path:
+    """Train to `config.steps` or `config.budget.seconds`, going on from the newest checkpoint; the run folder.
+
+    Raises:
+        UserError: bad data, model or settings; a loss that is not finite.
+        Interrupted: a signal asked to stop; everything is saved.
+    """
+    folder = Path(config.out)
+    newest = latest_checkpoint(folder / "checkpoints")
+    run = Run(config)
+    prepare_folder(config, folder)  # after all that may refuse: a mistake leaves no folder behind
+    if newest is not None:
+        run.load_state_dict(load_checkpoint(newest, "learner"))
+    if run.done():
+        return folder
+    record_environment(folder, environment(config.seed, run.device))
+
+    metrics = MetricsFile(folder, run.step)
+    with stop_requests() as stopping, Reporter(config.method, config.steps, run.step, quiet) as reporter:
+        while not run.done():
+            run.learner_update()
+            reporter.advance(run.step)
+            while run.steer is not None and run.steer.notes:
+                reporter.note(run.steer.notes.pop(0))
+            last = run.done()
+            values: dict[str, float] = {}
+            if run.held is not None and (run.step % config.held.every == 0 or last):
+                values |= run.held_loss()
+            if run.step % config.log_every == 0 or last:
+                run.guard.check(wait=True)
+                values |= run.meters.read() | run.pace()
+            if values:
+                metrics.write(run.step, {"tokens": run.tokens, **values})
+                reporter.say(run.step, values)
+            if run.step % config.checkpoint.every == 0 or last or stopping():
+                run.save(folder)
+            if stopping() and not last:
+                raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
+    metrics.close()
+    if config.checkpoint.export:
+        export_learner(run.learner.model, run.encoder.tokenizer, folder / "learner")
+    return folder
+
+
+class Run:
+    """Everything that must survive a kill, and the learner's update."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        self.config, self.step, self.tokens, self.seconds = config, 0, 0, 0.0
+        self.device = choose_device(config.device)
+        bf16 = bfloat16(config.precision, self.device)
+        self.autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, bf16)
+        tokenizer = load_tokenizer(config.learner)
+        self.encoder = Encoder(tokenizer, config.data.answer_only)
+        torch.manual_seed(key(config.seed, "weights"))
+        self.learner = Learner(load_model(config.learner, self.device), config.value.scope)
+        self.learner.train()
+        check_fit(config, self.learner, tokenizer)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.learner, config.optim.weight_decay),
+            lr=config.optim.lr,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            fused=True,
+        )
+        sources, d = open_streams(config), config.data
+        self.stream = TextStream(sources, d.weights, self.encoder, d.length, d.packing, d.buffer, config.seed, "stream")
+        self.meters, self.guard = Meters(), FiniteGuard()
+        self.steer: Steer | None = None
+        if config.method in SOFT:
+            self.steer = Steer(
+                config, self.learner, self.optimizer, self.encoder, sources, self.guard, self.meters, self.autocast
+            )
+        self.feedback: list[ExampleSet] = []  # sft alone
+        if config.method == "sft":
+            self.feedback = list(open_feedback(config, self.encoder, self.learner.window).values())
+        self.held: ExampleSet | None = None
+        if config.held.file is not None:
+            examples = read_examples(config.held.file, config.held.limit)
+            window, size = self.learner.window, config.feedback.batch_size
+            self.held = ExampleSet(examples, Encoder(tokenizer), window, size, config.seed, config.held.file)
+        self._shown = (0, 0.0)  # tokens and seconds when the pace was last read
+
+    def learner_update(self) -> None:
+        """One step: accumulated micro-batches, each token of the whole step counting alike."""
+        began = time.monotonic()
+        o, steer = self.config.optim, self.steer
+        if steer is not None:
+            steer.update_if_due(self.step)  # before the first micro-batch: all of a step have the same targets
+        whole = self.stream.batch(o.batch_size * o.accumulation)
+        # Dropout is a function of the step, like the data, and the same in every arm.
+        torch.manual_seed(key(self.config.seed, "step", self.step))
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for start in range(0, len(whole.ids), o.batch_size):
+            batch = whole.rows(start, start + o.batch_size).to(self.device)
+            total += self._backward(batch, max(1, len(whole.counted)), steered=True)
+        for examples in self.feedback:
+            batch = examples.batch(self.step).to(self.device)
+            self.meters.add(feedback_loss=self._backward(batch, len(batch.counted), steered=False))
+        norm = torch.nn.utils.clip_grad_norm_(self.learner.trained().values(), o.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr()
+        step, names = self.step, "step {}: {} not finite; nothing was applied. Lower optim.lr"
+        self.guard.watch(self.optimizer, lambda bad: names.format(step, bad), loss=total, gradient_norm=norm)
+        self.guard.step(self.optimizer)
+        if steer is not None:
+            steer.clip_scale = (o.clip / norm.detach().clamp_min(1e-20)).clamp_max(1)
+        self.meters.add(loss=total, gradient_norm=norm)
+        self.step += 1
+        self.tokens += whole.ids.numel()
+        self.seconds += time.monotonic() - began
+
+    def _backward(self, batch: Batch, tokens: int, steered: bool) -> Tensor:
+        """Accumulate the gradient of a micro-batch's part of the loss; that part."""
+        with self.autocast():
+            found = self.learner.run(batch)
+            labels = batch.labels.flatten()[batch.counted]
+            rule = next_token(labels)
+            if steered and self.steer is not None:
+                rule = self.steer.rule(batch, found, self.step)
+            head, final = self.learner.head, found.final.flatten(0, 1)[batch.counted]
+            loss = soft_cross_entropy(final, head.weight, head.bias, rule, self.config.targets.chunk) / tokens
+        loss.backward()
+        return loss.detach()
+
+    def held_loss(self) -> dict[str, float]:
+        """Answer loss on the held-out examples; its time counts neither in the pace nor in the budget."""
+        assert self.held is not None
+        with evaluating(self.learner), self.autocast():
+            return {"held_loss": answer_loss(self.learner, self.held).mean}
+
+    def lr(self) -> float:
+        """Linear warm-up, then half a cosine, over the steps or the seconds of the run."""
+        o, seconds = self.config.optim, self.config.budget.seconds
+        part = (self.step + 0.5) / self.config.steps if seconds is None else min(1.0, self.seconds / seconds)
+        return cosine_schedule(round(part * SCHEDULE), SCHEDULE, o.lr, o.lr_end, round(o.warmup * SCHEDULE))
+
+    def done(self) -> bool:
+        seconds = self.config.budget.seconds
+        return self.step >= self.config.steps or (seconds is not None and self.seconds >= seconds)
+
+    def pace(self) -> dict[str, float]:
+        """Tokens a second since the last reading, and the learning rate."""
+        tokens, seconds = self.tokens - self._shown[0], self.seconds - self._shown[1]
+        self._shown = (self.tokens, self.seconds)
+        return {"lr": self.lr(), "tokens_per_second": tokens / max(1e-9, seconds), "seconds": seconds}
+
+    def save(self, folder: Path) -> None:
+        self.guard.check(wait=True)
+        try:
+            save_checkpoint(folder / "checkpoints", self.step, self.state_dict(), self.config.checkpoint.keep)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: step {self.step} could not be saved ({error.strerror or error}); "
+                "free space or choose another out=; earlier checkpoints are whole"
+            ) from None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "learner": {name: value.detach() for name, value in self.learner.trained().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "stream": self.stream.state_dict(),
+            "meters": self.meters.state_dict(),
+        }
+        if self.steer is not None:
+            state["steer"] = self.steer.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self._shown = (self.tokens, self.seconds)
+        load_trained(self.learner, state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stream.load_state_dict(state["stream"])
+        self.meters.load_state_dict(state["meters"], self.device)
+        if self.steer is not None:
+            self.steer.load_state_dict(state["steer"])
+
+
+@torch.no_grad()
+def load_trained(learner: Learner, state: dict[str, Any]) -> None:
+    """The trained weights of a checkpoint.
+
+    Raises:
+        UserError: of another model.
+    """
+    trained, found = learner.trained(), state["learner"]
+    if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in found.items()}:
+        raise UserError("the checkpoint is of another model, or of other LoRA settings")
+    for name, value in trained.items():
+        value.copy_(found[name])
+
+
+def parameter_groups(learner: Learner, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices, which are decayed, and the rest; only what is trained."""
+    trained = list(learner.trained().values())
+    return [
+        {"params": [value for value in trained if value.ndim > 1], "weight_decay": weight_decay},
+        {"params": [value for value in trained if value.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def check_fit(config: LanguageConfig, learner: Learner, tokenizer: Any) -> None:
+    """Raises:
+    UserError: lengths beyond the model's window, a tokenizer of another vocabulary, or too many candidates.
+    """
+    for name, length in (("data.length", config.data.length), ("value.length", config.value.length)):
+        if length > learner.window:
+            raise UserError(f"{name}={length}: the model's window is {learner.window} tokens; choose at most that")
+    if len(tokenizer) > len(learner.embedding):
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds {len(learner.embedding)}: they do not "
+            "belong together; give learner.tokenizer=DIR"
+        )
+    check_candidates(config, learner)

@@ -1,0 +1,1 @@
+"""The parts of `eval/overhead.py` and `eval/throughput.py`."""

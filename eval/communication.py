@@ -1,0 +1,290 @@
+"""What processes send each other in a training step: `python eval/communication.py [key=value …]`.
+
+Two processes (gloo) take a learner step and a designer update, and every collective operation is counted: how many, and
+the bytes that a process hands over. Beside that stands what `volume` expects from the sizes of the model alone, which
+is then evaluated for ViT-S, B, L and g (docs/scaling.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import timm
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.multiprocessing.spawn import start_processes
+from torch.nn.parallel import DistributedDataParallel
+
+from dino_value.arguments import Parser
+from dino_value.backbones import create_backbone
+from dino_value.config import Config, load_config
+from dino_value.designers import DESIGNERS
+from dino_value.errors import EXIT_DONE
+from dino_value.eval import common
+from dino_value.files import write_json
+from dino_value.objectives.dino import DINOHead
+from dino_value.steer import open_scope
+from dino_value.train import Run
+
+SMALL = [
+    *("out=unused", "data.unlabeled=scenes", "data.ade20k=scenes", "data.nyuv2=scenes", "data.in_memory=true"),
+    *("device=cpu", "precision=fp32", "steps=9", "views.global_size=64", "views.local_size=32", "views.local_count=2"),
+    *("optim.batch_size=4", "value.batch_size=4", "value.period=1", "value.engine=finite_difference"),
+    *("value.warmup=0", "value.tolerance=10", "designer.width=8", "designer.depth=2", "feedback.size=64"),
+    *("feedback.batch_size=4", "feedback.warmup=0", "feedback.seg.train=16", "feedback.seg.meta=8"),
+    *("feedback.depth.train=16", "feedback.depth.meta=8"),
+]
+BASE = "paper/ade20k_vitb"
+PAPER = ["out=unused", "data.unlabeled=scenes", "data.ade20k=scenes", "data.nyuv2=scenes"]
+MODELS = {
+    "ViT-S/16": "vit_small_patch16_224",
+    "ViT-B/16": "vit_base_patch16_224",
+    "ViT-L/16": "vit_large_patch16_224",
+    "ViT-g/14": "vit_giant_patch14_224",
+}
+
+
+WORLDS = (1, 8, 16, 32, 64, 128, 256, 512)
+
+
+class Sizes(NamedTuple):
+    """Parameters of backbone, learner (with its head), S and φ; widths; patches of a feedback image."""
+
+    backbone: int
+    learner: int
+    scope: int
+    designer: int
+    width: int
+    prototypes: int
+    patches: int
+
+
+Volume = dict[str, tuple[int, int]]
+"""What is sent for -> how many collective operations, and the bytes that a process hands over to them."""
+
+
+def volume(config: Config, sizes: Sizes, world: int = 2) -> tuple[Volume, Volume]:
+    """Of a learner step and of a designer update with one meta batch; DINO with a centre, a mask generator, float32.
+
+    The learner's gradient counts as one operation, which DDP cuts into buckets of 25 MiB. Integers have 8 bytes.
+    """
+    f = config.feedback
+    labels = labels_of(config)
+    fits, part = f.updates * len(labels), -(-f.batch_size // world)
+    features = 4 * sizes.patches * sizes.width
+    step = {
+        "gradient of θ": (1, 4 * sizes.learner),
+        "centre, prototype share": (2, 2 * 4 * sizes.prototypes),
+        "loss": (1, 4),
+    }
+    update = {
+        "features and labels to fit heads": (
+            2 * fits,
+            part * (fits * features + f.updates * sum(labels) * f.size**2),
+        ),
+        "g_down": (len(labels), len(labels) * 4 * (sizes.scope + 2)),
+        "g_pre": (1, 4 * sizes.scope),
+        "gradient of φ": (1, 4 * sizes.designer),
+    }
+    return step, update
+
+
+def labels_of(config: Config) -> list[int]:
+    """Bytes of a label of each feedback task: class numbers and metres."""
+    return [size for path, size in ((config.data.ade20k, 8), (config.data.nyuv2, 4)) if path is not None]
+
+
+def summed(parts: Volume) -> tuple[int, int]:
+    """Operations and bytes in all."""
+    calls, sizes = zip(*parts.values(), strict=True)
+    return sum(calls), sum(sizes)
+
+
+class Machine(NamedTuple):
+    """What the model of docs/scaling.md assumes of a cluster; nothing of it is measured here."""
+
+    flops: float = 3.5e14  # that training reaches a second and GPU, bfloat16: 35 % of an H100's 989e12
+    inside: float = 3.0e11  # bytes a second and GPU that an all-reduce reaches within a machine (NVLink)
+    outside: float = 4.0e10  # and between machines: 80 % of one 400 Gb/s adapter a GPU
+    latency: float = 2.0e-5  # seconds of one hop
+    gpus: int = 8  # of a machine
+
+
+def reduce_seconds(calls: int, size: int, world: int, machine: Machine) -> float:
+    """Of all-reduces over `world` GPUs: a ring passes 2 (W − 1)/W of the bytes, a tree has 2 log₂ W hops."""
+    if world == 1:
+        return 0.0
+    rate = machine.inside if world <= machine.gpus else machine.outside
+    return 2 * (world - 1) / world * size / rate + calls * 2 * math.log2(world) * machine.latency
+
+
+def step_seconds(config: Config, sizes: Sizes, depth: int, world: int, machine: Machine) -> tuple[float, float]:
+    """A baseline step, and a value step on average over the r steps of an update, with the batches of `config`.
+
+    Floating-point operations: 2 a parameter and token, and 4 T² D a block for attention's products; a backward pass is
+    two forward passes. The reduction of θ's gradient overlaps with the backward pass, the others with nothing.
+    """
+    v, patch = config.views, round(config.feedback.size / math.sqrt(sizes.patches))
+
+    def forward(side: int) -> float:
+        tokens = (side // patch) ** 2 + 1
+        return 2.0 * sizes.backbone * tokens + 4 * depth * tokens**2 * sizes.width
+
+    large, small, labelled = (forward(side) for side in (v.global_size, v.local_size, config.feedback.size))
+    student, teacher = 2 * large + v.local_count * small, 2 * large
+    ahead, back = student + teacher, 2 * student
+    step, update = volume(config, sizes, world)
+
+    images = config.optim.batch_size / world
+    gradient = reduce_seconds(*step["gradient of θ"], world, machine)
+    calls, size = summed(step)
+    rest = reduce_seconds(calls - 1, size - step["gradient of θ"][1], world, machine)
+    plain = images * ahead / machine.flops + max(images * back / machine.flops, gradient) + rest
+
+    # The trunk there and back, three passes through the tail there and back, and both kinds of labelled batch.
+    tail = config.value.scope.blocks / depth
+    meta = config.value.batch_size * (student + teacher + student + 3 * 3 * tail * student)
+    feedback = config.feedback.batch_size * len(labels_of(config)) * labelled * (1 + config.feedback.updates + 2 * tail)
+    updating = (meta + feedback) / world / machine.flops + reduce_seconds(*summed(update), world, machine)
+    return plain, plain + updating / config.value.period
+
+
+def sizes_of(config: Config) -> Sizes:
+    """From the configuration alone, with no memory for the model."""
+    with torch.device("meta"):
+        backbone = create_backbone(config.backbone.name, config.views.global_size, config.backbone.kwargs)
+        o, d = config.objective, config.designer
+        head = DINOHead(backbone.embed_dim, o.out_dim, o.hidden_dim, o.bottleneck_dim, o.batch_norm)
+        designer = DESIGNERS[d.mask or "unet"](d.width, d.depth, d.stride, d.keep_ratio)
+        scope = open_scope(config, backbone, backbone.final_norm).parameters(backbone)
+    counts = [sum(value.numel() for value in module.parameters()) for module in (backbone, head, designer)]
+    patches = (config.feedback.size // backbone.patch_size) ** 2
+    in_scope = sum(value.numel() for value in scope.values())
+    return Sizes(counts[0], counts[0] + counts[1], in_scope, counts[2], backbone.embed_dim, o.out_dim, patches)
+
+
+@contextlib.contextmanager
+def counting(whole: DistributedDataParallel) -> Iterator[list[tuple[str, int]]]:
+    """Every collective operation of this process: its name, and the bytes that it hands over."""
+    seen: list[tuple[str, int]] = []
+
+    def counted(name: str, place: int) -> Callable[..., Any]:
+        operation = getattr(dist, name)
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            tensor: Tensor = arguments[place]
+            seen.append((name, tensor.numel() * tensor.element_size()))
+            return operation(*arguments, **keywords)
+
+        return run
+
+    def hook(state: Any, bucket: Any) -> Any:
+        buffer = bucket.buffer()
+        seen.append(("gradient", buffer.numel() * buffer.element_size()))
+        return allreduce_hook(state, bucket)
+
+    whole.register_comm_hook(None, hook)
+    with contextlib.ExitStack() as stack:
+        for name, place in (("all_reduce", 0), ("all_gather", 1)):
+            stack.enter_context(mock.patch.object(dist, name, counted(name, place)))
+        yield seen
+
+
+def _child(rank: int, overrides: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    run = Run(load_config(BASE, overrides))
+    batches = run.stream.iterate(0, 2)
+    run.learner_update(*next(batches))  # the first update checks its engine
+    assert run.steer is not None
+    with counting(run.whole) as seen:  # type: ignore[arg-type]
+        with run.autocast():
+            run.steer.update(run.step, run.teacher_temperature())
+        update = list(seen)
+        seen.clear()
+        run.config.method, run.steer = "baseline", None
+        run.learner_update(*next(batches))
+    if rank == 0:
+        torch.save({"step": list(seen), "update": update}, f"{folder}/seen.pt")
+    dist.destroy_process_group()
+
+
+def count(overrides: Sequence[str] = ()) -> dict[str, list[tuple[str, int]]]:
+    """The collectives of a learner's `step` and of a designer's `update`, of two processes on small embedded images."""
+    with tempfile.TemporaryDirectory() as folder:
+        start_processes(_child, ([*SMALL, *overrides], folder), 2, start_method="forkserver")
+        seen: dict[str, list[tuple[str, int]]] = torch.load(Path(folder) / "seen.pt")
+        return seen
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description="Count what processes send each other, and set it beside what is expected.")
+    parser.add_argument("--count", default="ViT-S/16", choices=MODELS, help="the model that two processes run")
+    for name, value in Machine()._asdict().items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help="of the model (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for dino-value train")
+    arguments = parser.parse_args(argv)
+
+    name = MODELS[arguments.count]
+    small = [f"backbone.name={name}", *arguments.overrides]
+    seen = count(small)
+    config = load_config(BASE, [*SMALL, *small])
+    table = Table("two processes", "counted", "bytes", "expected bytes")
+    found: dict[str, Any] = {"counted": seen, "expected": {}, "models": {}, "scaling": {}}
+    configured: dict[str, tuple[Config, Sizes, int]] = {}
+    for what, parts in zip(("step", "update"), volume(config, sizes_of(config)), strict=True):
+        calls = [size for _, size in seen[what]]
+        table.add_row(f"{arguments.count}, {what}", str(len(calls)), f"{sum(calls):,}", f"{summed(parts)[1]:,}")
+        found["expected"][what] = parts
+
+    models = Table("paper's settings", "θ", "S", "φ", "step, MB", "update, MB", "a step at r, MB")
+    for label, timm_name in MODELS.items():
+        config = load_config(BASE, [*PAPER, f"backbone.name={timm_name}", *arguments.overrides])
+        sizes = sizes_of(config)
+        step, update = volume(config, sizes)
+        mean = summed(step)[1] + summed(update)[1] / config.value.period
+        millions = [f"{count / 1e6:.2f} M" for count in (sizes.learner, sizes.scope, sizes.designer)]
+        models.add_row(label, *millions, *(f"{size / 1e6:.1f}" for size in (summed(step)[1], summed(update)[1], mean)))
+        model: Any = timm.create_model(timm_name, pretrained=False, device="meta")
+        configured[label] = config, sizes, len(model.blocks)
+        found["models"][label] = {"sizes": sizes._asdict(), "step": step, "update": update}
+    machine = Machine(**{name: getattr(arguments, name) for name in Machine._fields})
+    scaling = Table("images/s by the model", "batch", *(f"{world} GPUs" for world in WORLDS))
+    for label in MODELS:
+        config, sizes, depth = configured[label]
+        for each in (None, 32):  # the paper's batch, and one that grows with the GPUs
+            rows: dict[str, list[str]] = {"baseline": [], "value": []}
+            for world in WORLDS:
+                batch = config.optim.batch_size if each is None else each * world
+                if batch % world:
+                    rows = {name: [*row, "–"] for name, row in rows.items()}
+                    continue
+                meta = max(config.value.batch_size, world)
+                now = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=batch))
+                now.value = dataclasses.replace(config.value, batch_size=meta)
+                for name, seconds in zip(rows, step_seconds(now, sizes, depth, world, machine), strict=True):
+                    rows[name].append(f"{batch / seconds:,.0f}")
+            for name, row in rows.items():
+                scaling.add_row(f"{label}, {name}", "256" if each is None else f"{each} a GPU", *row)
+                found["scaling"][f"{label}, {name}, {each or 256}"] = row
+    console = Console()
+    console.print(table, models, scaling)
+    if arguments.json:
+        write_json(arguments.json, found)
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    common.script(main)

@@ -1,0 +1,125 @@
+"""Each rule of extraction and comparison on strings that trick simpler ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from dino_value.language.answers import (
+    boxed_answer,
+    choice,
+    equivalent,
+    exact_match,
+    final_answer,
+    last_number,
+    normalise,
+    rewards,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so 3 + 4 = 7\n#### 7", "7"),
+        ("#### 1,234\nQuestion: next\n Answer: #### 9", "1,234"),  # the model goes on with another question
+        ("#### $5.00 ", "$5.00"),
+        ("####12", "12"),
+        ("it is \\boxed{8} apples, 9 pears", "8"),  # no mark: the box
+        ("7 and then 12 apples.", "12"),  # neither: the last number
+        ("no answer", None),
+        ("####\nnothing behind it, 3", "3"),
+    ],
+)
+def test_final_answer(text: str, answer: str | None) -> None:
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("first \\boxed{1}, then \\boxed{2}", "2"),
+        ("\\boxed{ {a}_{b} }.", "{a}_{b}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{1} and a torn \\boxed{2", "1"),
+        ("\\fbox {3}", "3"),
+        ("boxed{4}", None),
+        ("no box", None),
+    ],
+)
+def test_boxed_answer(text: str, answer: str | None) -> None:
+    assert boxed_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("He has 1,234.50 dollars.", "1,234.50"),
+        ("from 3 to -4", "-4"),
+        ("7-3", "3"),
+        ("in 2020, 5 of 6", "6"),
+        ("1/2 of it", "1/2"),
+        ("covid-19", "19"),
+        ("costs .5", ".5"),
+        ("item 3.", "3"),
+        ("1,23", "23"),  # no thousands
+        ("none", None),
+    ],
+)
+def test_last_number(text: str, answer: str | None) -> None:
+    assert last_number(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        (" B", "B"),
+        ("(C) because", "C"),
+        ("The answer is D.", "D"),
+        ("Answer: **A**", "A"),
+        ("The answer is (B), not C", "B"),
+        ("answer is: $\\boxed{C}$", "C"),
+        ("A cat is no letter", None),
+        ("I think so", None),
+        ("The answer is B. Wait. The answer is C.", "C"),
+        ("Both", None),
+    ],
+)
+def test_choice(text: str, letter: str | None) -> None:
+    assert choice(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("1,000", "1000"),
+        ("$5.00", "5"),
+        ("7.", "7"),
+        ("007", "7"),
+        ("12 apples", "12"),
+        ("50\\%", "50"),
+        ("−3", "-3"),
+        ("0.50", ".5"),
+        ("\\text{Yes}", "yes"),
+        ("\\dfrac{1}{2}", "1/2"),
+        ("+4", "4"),
+        ("-0", "0"),
+    ],
+)
+def test_normalise(a: str, b: str) -> None:
+    assert exact_match(a, b)
+    assert normalise(normalise(a)) == normalise(a)
+
+
+def test_what_is_not_equal() -> None:
+    for a, b in (("12", "1.2"), ("1,23", "123"), ("x", "y"), ("10", "1"), ("-3", "3"), (None, "0")):
+        assert not exact_match(a, b)
+
+
+def test_math_verify_sees_more_than_spelling() -> None:
+    pytest.importorskip("math_verify")
+    assert equivalent("\\frac{1}{2}", "0.5")
+    assert not exact_match("\\frac{1}{2}", "0.5")
+    assert equivalent("1,000", "1000")
+    assert not equivalent("7", "8")
+    assert not equivalent(None, "8")
+    assert rewards([["#### 7", "it is 8"]], [" 3+4 = 7\n#### 7"]) == [[1.0, 0.0]]

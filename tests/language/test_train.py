@@ -1,0 +1,230 @@
+"""The loop: what a run leaves, that it goes on bit for bit, and that arms differ in nothing but the targets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dino_value.checkpoint import load_checkpoint
+from dino_value.errors import UserError
+from dino_value.language.config import METHODS, LanguageConfig, load_language_config
+from dino_value.language.learner import available_memory, memory_needed
+from dino_value.language.train import Run, train
+from dino_value.track import read_metrics
+
+TIMING = ("tokens_per_second", "seconds")
+
+
+def same(left: Any, right: Any) -> bool:
+    """Bit for bit, through dictionaries and lists."""
+    if isinstance(left, Tensor):
+        return isinstance(right, Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+def steps(run: Run, count: int) -> Run:
+    for _ in range(count):
+        run.learner_update()
+    return run
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in run.learner.model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_bit_for_bit(tiny: Callable[..., LanguageConfig], method: str) -> None:
+    options = (f"method={method}", "learner.lora.rank=2" if method == "closed_form" else "data.packing=best_fit")
+    config = tiny(*options)
+    folder = train(config, quiet=True)
+    whole, rows = load_checkpoint(folder, "learner"), read_metrics(folder)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    (folder / "checkpoints" / "step_00000004.pt").unlink()
+    train(config, quiet=True)
+    again = load_checkpoint(folder, "learner")
+    assert same({**whole, "seconds": 0}, {**again, "seconds": 0})
+    untimed = [
+        [{name: value for name, value in row.items() if name not in TIMING} for row in part]
+        for part in (rows, read_metrics(folder))
+    ]
+    assert untimed[0] == untimed[1]
+
+
+def test_alpha_zero_is_the_baseline_bit_for_bit(tiny: Callable[..., LanguageConfig]) -> None:
+    plain = weights(steps(Run(tiny("method=baseline")), 3))
+    for method in ("value", "random", "uniform", "self_distillation"):
+        found = weights(steps(Run(tiny(f"method={method}", "targets.alpha_max=0")), 3))
+        assert same(plain, found), method
+    designed = weights(steps(Run(tiny("method=value")), 3))
+    assert not same(plain, designed)
+
+
+def test_burn_in_is_the_baseline(tiny: Callable[..., LanguageConfig]) -> None:
+    plain = weights(steps(Run(tiny("method=baseline")), 3))
+    for method in ("value", "closed_form", "uniform"):
+        assert same(plain, weights(steps(Run(tiny(f"method={method}", "value.burn_in=3")), 3)))
+
+
+def test_the_learners_step_is_plain_cross_entropy(tiny: Callable[..., LanguageConfig]) -> None:
+    """Against Hugging Face's own loss and torch's AdamW, micro-batches weighted by their tokens."""
+    config = tiny("method=baseline", "optim.warmup=0")
+    run, other = Run(config), Run(config)
+    model = other.learner.model
+    batch = other.stream.batch(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=other.lr(), betas=config.optim.betas, weight_decay=0.0)
+    logits = model(input_ids=batch.ids).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+    optimizer.step()
+    steps(run, 1)
+    for a, b in zip(run.learner.parameters(), other.learner.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_lora_trains_its_own_weights_alone(tiny: Callable[..., LanguageConfig]) -> None:
+    run = Run(tiny("method=value", "learner.lora.rank=2", "learner.lora.dropout=0.1"))
+    assert all("lora_" in name for name in run.learner.trained())
+    assert run.learner.scope.start == 1
+    before = weights(run)
+    after = weights(steps(run, 2))
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(run.learner.trained())
+    assert set(run.state_dict()["learner"]) == set(run.learner.trained())
+
+
+def test_the_export_is_the_learner(tiny: Callable[..., LanguageConfig], root: Path) -> None:
+    import transformers
+
+    folder = train(tiny("method=baseline", "learner.lora.rank=2", "checkpoint.export=true"), quiet=True)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder / "learner")
+    run = Run(load_language_config(folder / "config.yaml"))
+    run.load_state_dict(load_checkpoint(folder, "learner"))
+    ids = torch.arange(10)[None]
+    run.learner.eval()
+    assert torch.allclose(exported(ids).logits, run.learner.model(ids).logits, atol=1e-5)
+    assert transformers.AutoTokenizer.from_pretrained(folder / "learner").eos_token == "<end>"
+
+
+def test_sft_trains_on_feedback_too(tiny: Callable[..., LanguageConfig], root: Path) -> None:
+    run = steps(Run(tiny("method=sft", f"held.file={root}/test.jsonl")), 2)
+    assert run.steer is None
+    assert {"feedback_loss", "loss"} <= set(run.meters.read())
+    assert run.held_loss()["held_loss"] > 0
+
+
+def test_the_budget_ends_a_run(tiny: Callable[..., LanguageConfig]) -> None:
+    config = tiny("method=baseline", "budget.seconds=0.001", "steps=100")
+    folder = train(config, quiet=True)
+    assert read_metrics(folder)[-1]["step"] == 1
+    run = Run(config)
+    run.seconds = 0.0005
+    middle = run.lr()
+    run.seconds = 0.001
+    assert 0 == run.lr() < middle < config.optim.lr
+
+
+def test_adam_and_cosine_directions(tiny: Callable[..., LanguageConfig]) -> None:
+    for options in (["value.direction=adam", "value.burn_in=1"], ["value.direction=cosine"]):
+        assert steps(Run(tiny("method=value", *options)), 2).steer.updates == 1  # type: ignore[union-attr]
+
+
+def test_checkpointing_changes_nothing(tiny: Callable[..., LanguageConfig]) -> None:
+    one, other = (steps(Run(tiny(f"learner.checkpointing={flag}")), 3) for flag in ("false", "true"))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(one).values(), weights(other).values()))  # noqa: B905
+
+
+def test_bfloat16(tiny: Callable[..., LanguageConfig]) -> None:
+    run = steps(Run(tiny("method=value", "precision=bf16", "data.packing=best_fit")), 3)
+    assert run.meters.read()["loss"] < 10
+    assert {value.dtype for value in run.learner.trained().values()} == {torch.float32}
+
+
+REFUSED = [
+    ("targets.alpha_max=1.5", "targets.alpha_max=1.5: must lie in"),
+    ("method=magic", "method=magic: choose"),
+    ("steps=0", "steps=0: must be at least 1"),
+    ("data.weights.other=1", "data.weights.other: no such domain"),
+    ("data.weights.main=0", "must be above 0"),
+    ("designer.hidden=15", "multiple of designer.heads"),
+    ("optim.learning_rate=1", "unknown configuration key optim.learning_rate; did you mean"),
+    ("value.direction=adam", "set value.burn_in to 1"),
+    ("optim.lr=.nan", "must be finite"),
+    ("feedback.files.a=x", "each is paired with the stream of its own name"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), REFUSED)
+def test_settings_that_are_refused(tiny: Callable[..., LanguageConfig], override: str, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        tiny(override)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+LATER = [
+    ("targets.candidates=1000", "vocabulary has"),
+    ("data.length=500", "window is 128"),
+    ("value.length=500", "window is 128"),
+    ("feedback.length=20", "longer than 20"),
+    ("learner.model=/nowhere", "no tokenizer"),
+    ("data.stream=/nowhere.jsonl", "no such file"),
+]
+
+
+@pytest.mark.parametrize(("override", "said"), LATER)
+def test_what_only_the_files_tell(tiny: Callable[..., LanguageConfig], override: str, said: str) -> None:
+    config = tiny(override)
+    with pytest.raises(UserError, match=said):
+        train(config, quiet=True)
+    assert not Path(config.out).exists()
+
+
+def test_feedback_that_is_in_the_test_set(tiny: Callable[..., LanguageConfig], root: Path, tmp_path: Path) -> None:
+    leaked = (root / "feedback.jsonl").read_text().splitlines()[3]
+    test = tmp_path / "test.jsonl"
+    test.write_text(leaked + "\n")
+    with pytest.raises(UserError, match=r"overlaps the test file .*for example") as error:
+        Run(tiny(f"feedback.test=[{test}]"))
+    assert json.loads(leaked)["question"][:20] in str(error.value)
+
+
+def test_a_model_that_cannot_fit(tiny: Callable[..., LanguageConfig], root: Path, tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    shutil.copytree(root / "model", huge)
+    config = json.loads((huge / "config.json").read_text())
+    (huge / "config.json").write_text(json.dumps({**config, "hidden_size": 65536, "num_hidden_layers": 200}))
+    with pytest.raises(UserError, match=r"needs at least .* GiB on cpu") as error:
+        Run(tiny(f"learner.model={huge}"))
+    assert "free" in str(error.value)
+    assert memory_needed(10, trained=True) == 160
+    assert available_memory(torch.device("cpu")) > 0
+
+
+def test_another_run_in_the_folder(tiny: Callable[..., LanguageConfig]) -> None:
+    train(tiny("method=baseline", "steps=1"), quiet=True)
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        train(tiny("method=baseline", "steps=1", "optim.lr=1e-3"), quiet=True)
+
+
+@pytest.mark.parametrize(("name", "rank", "lr"), [("lora", 8, 2e-4), ("full", 0, 1.5e-5)])
+def test_the_papers_settings(name: str, rank: int, lr: float) -> None:
+    given = ["out=a", "learner.model=m", "data.stream=s.jsonl", "feedback.files=f.jsonl"]
+    c = load_language_config(f"language/{name}", given)
+    assert (c.learner.lora.rank, c.optim.lr, c.value.period, c.targets.candidates, c.targets.alpha_max) == (
+        rank,
+        lr,
+        8,
+        64,
+        0.5,
+    )
+    assert c.data.stream == {"main": "s.jsonl"}

@@ -1,0 +1,136 @@
+"""Comparisons: what a specification may say, what is shared, and that nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dino_value import compare as module
+from dino_value.cli import main
+from dino_value.compare import Spec, compare, config_of, equal_time, load_spec, write_page
+from dino_value.config import Config
+from dino_value.errors import UserError
+
+SPEC = """
+config: TINY
+seeds: 2
+overrides: [steps=2]
+arms:
+  baseline: [method=baseline]
+  value: [method=value]
+  frozen: [designer.start_from=@value, designer.frozen=true]
+evaluate:
+  seg: {data: DATA/ade, size: [24, 24], steps: 3, batch: 8}
+  depth: {data: DATA/nyu, size: [24, 24], steps: 3, batch: 8, eigen_crop: false}
+"""
+
+
+@pytest.fixture
+def spec_file(tiny_yaml: Path, tiny_data: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(SPEC.replace("TINY", str(tiny_yaml)).replace("DATA", str(tiny_data)))
+    return path
+
+
+def test_arms_are_paired_and_finished_work_is_kept(
+    spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load_spec(spec_file, [f"out={tmp_path / 'out'}"])
+    monkeypatch.setattr(module, "step_seconds", lambda spec, configs, arm: 2.0 if arm == "value" else 1.0)
+    found = compare(spec)
+    assert set(found["arms"]) == {"step0", "baseline", "value", "frozen"}
+    assert all(len(values) == 2 for row in found["arms"].values() for values in row.values())
+    assert found["steps"] == {"baseline": 2, "value": 2, "frozen": 2}
+    timed = found["equal_time"]
+    assert timed["steps"] == {"baseline": 2, "value": 1, "frozen": 2}
+    # Runs that both budgets share are one run, and another number of steps is another result.
+    assert timed["arms"]["baseline"] == found["arms"]["baseline"]
+    assert timed["arms"]["value"]["miou_loss"] != found["arms"]["value"]["miou_loss"]
+    assert [(claim["arm"], claim["against"]) for claim in found["claims"][::2]] == [
+        ("value", "baseline"),
+        ("value", "frozen"),
+        ("value", "step0"),
+    ]
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["arms"] == found["arms"]
+
+    def refused(*arguments: Any) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(module, "evaluate", refused)
+    assert compare(spec)["arms"] == found["arms"]
+    page = write_page(spec, found, "title", "summary", ["command"]).read_text()
+    assert "At equal wall-clock" in page
+    assert "frozen" in page
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives(spec_file: Path, tmp_path: Path) -> None:
+    few = ["seeds=1", "equal_time=false"]
+    here = compare(load_spec(spec_file, [*few, f"out={tmp_path / 'here'}"]))
+    there = compare(load_spec(spec_file, [*few, f"out={tmp_path / 'there'}"]), jobs=2)
+    assert there["arms"] == here["arms"]
+    for arm in ("baseline", "value", "frozen"):
+        left, right = (tmp_path / name / "runs" / f"{arm}_0" / "backbone.safetensors" for name in ("here", "there"))
+        assert all(torch.equal(value, load_file(right)[name]) for name, value in load_file(left).items())
+
+
+def test_arms_share_all_but_their_own_list(spec_file: Path) -> None:
+    spec = load_spec(spec_file)
+    configs = {arm: config_of(spec, arm, 1) for arm in spec.arms}
+    assert {config.seed for config in configs.values()} == {1}
+    assert configs["frozen"].designer.start_from == configs["value"].out
+    for config in configs.values():
+        config.out, config.method, config.designer = "", "", Config().designer
+    assert configs["baseline"] == configs["value"] == configs["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reference", "steps"), [(1.0, 1.0, 100), (2.0, 1.0, 50), (0.5, 1.0, 200), (1.01, 1.0, 100), (1e9, 1, 1)]
+)
+def test_equal_time_is_the_references(seconds: float, reference: float, steps: int) -> None:
+    assert equal_time(100, seconds, reference) == steps
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seeds=0", "seeds=0: at least one"),
+        ("armz={}", "unknown key armz; a comparison has arms"),
+        ("arms.step0=[a=b]", "none called step0"),
+        ("arms.value=[method]", r"arms\.value: expected a list of key=value"),
+        ("arms.value=[designer.start_from=@other]", "@other is not an arm"),
+        ("arms.value=[designer.start_from=@frozen]", "@frozen is not an arm, or itself needs another one"),
+        ("reference=nobody", "reference=nobody: not an arm"),
+        ("claims=[[value, nobody]]", r"claims: .*two of step0, baseline"),
+        ("evaluate.retrieval={}", r"evaluate\.retrieval: choose seg, depth, linear, knn"),
+        ("evaluate.seg.step=3", r"evaluate\.seg: unknown option step"),
+        ("evaluate.knn={k: 3}", r"evaluate\.knn: give data: ROOT"),
+    ],
+)
+def test_specifications_that_cannot_be_run(spec_file: Path, change: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_spec(spec_file, [change])
+
+
+def test_mistakes_end_in_one_line(spec_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").write_text("x")
+    for arguments in ([str(spec_file), f"out={tmp_path / 'used'}"], ["no/such"], [str(spec_file), "--jobs", "0"]):
+        assert main(["compare", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart"])
+def test_packaged_comparisons_are_valid(name: str) -> None:
+    spec = load_spec(name)
+    assert isinstance(spec, Spec)
+    for arm in spec.arms:
+        config_of(spec, arm, 0)
