@@ -17,6 +17,7 @@ warmup = 1_000
 
 # Images as RGB in 0 … 255, padded in black: the backbone knows its own mean and deviation.
 data_preprocessor = dict(type="SegDataPreProcessor", bgr_to_rgb=True, size=crop_size, pad_val=0, seg_pad_val=255)
+model = dict(type="EncoderDecoder", data_preprocessor=data_preprocessor, train_cfg=dict())
 
 train_pipeline = [
     dict(type="LoadImageFromFile", imdecode_backend="pillow"),

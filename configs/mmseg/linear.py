@@ -6,8 +6,6 @@ _base_ = "./ade20k.py"
 embed_dim = 768
 
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor={{_base_.data_preprocessor}},
     # weights: a run folder or a weights file; a file that does not name its architecture needs model="vit_…" too
     backbone=dict(type="DinoValueBackbone", weights=None, out_indices=(-1,), frozen=True),
     decode_head=dict(
@@ -20,6 +18,5 @@ model = dict(
         # ours averages over labelled pixels; mmsegmentation's default counts ignored ones in the mean
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     ),
-    train_cfg=dict(),
     test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
 )

@@ -7,8 +7,6 @@ embed_dim = 768
 norm_cfg = dict(type="BN", requires_grad=True)  # SyncBN on several devices
 
 model = dict(
-    type="EncoderDecoder",
-    data_preprocessor={{_base_.data_preprocessor}},
     # weights: a run folder or a weights file; a file that does not name its architecture needs model="vit_…" too
     backbone=dict(type="DinoValueBackbone", weights=None, out_indices=(2, 5, 8, 11), frozen=True),
     neck=dict(type="MultiLevelNeck", in_channels=[embed_dim] * 4, out_channels=embed_dim, scales=[4, 2, 1, 0.5]),
@@ -23,6 +21,5 @@ model = dict(
         norm_cfg=norm_cfg,
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     ),
-    train_cfg=dict(),
     test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
 )
