@@ -164,7 +164,9 @@ _KNOWN = _known()
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise UserError(f"names {f'{module}.{name}'!r}, which is not plain data: refused, and nothing of it was run")
+            raise UserError(
+                f"names {' '.join(f'{module}.{name}'.split())}, which is not plain data: refused, and nothing of it was run"
+            )
         return _KNOWN[module, name]
 
 
