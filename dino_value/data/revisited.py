@@ -164,10 +164,8 @@ _KNOWN = _known()
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise UserError(
             text = " ".join(f"{module}.{name}".split())
             raise UserError(f"names {text}, which is not plain data: refused, and nothing of it was run")
-            )
         return _KNOWN[module, name]
 
 
