@@ -309,15 +309,15 @@ def test_torchrun_leaves_no_process_behind(tiny_yaml: Path, tmp_path: Path) -> N
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
     def running() -> list[tuple[int, str]]:
-        listed = subprocess.run(["ps", "-eo", "pid,sess,args"], capture_output=True, text=True).stdout.splitlines()
-        found = [line.split(None, 2) for line in listed[1:]]
-        return [(int(pid), text) for pid, session, text in found if int(session) == launcher.pid and "<def" not in text]
+        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+        found = [line.split(None, 1) for line in listed[1:]]
+        return [(int(pid), text) for pid, text in found if f"out={tmp_path}" in text and "<def" not in text]
 
     try:
         until = time.monotonic() + 60
         while not read_metrics(tmp_path / "run") and time.monotonic() < until:
             time.sleep(0.2)
-        workers = [pid for pid, text in running() if f"out={tmp_path}" in text and "torch.distributed.run" not in text]
+        workers = [pid for pid, text in running() if "torch.distributed.run" not in text]
         assert len(workers) == 2
         os.kill(max(workers), signal.SIGKILL)
         said = launcher.communicate(timeout=60)[1]
@@ -328,8 +328,10 @@ def test_torchrun_leaves_no_process_behind(tiny_yaml: Path, tmp_path: Path) -> N
             time.sleep(0.2)
         assert running() == []
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
+        for pid, _ in running():  # workers have sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        launcher.wait()
 
 
 def test_alone_everything_is_the_identity() -> None:

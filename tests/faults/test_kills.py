@@ -84,7 +84,7 @@ def test_kills(runner: Callable[..., int], tiny_yaml: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_kill_with_workers(runner: Callable[..., int], tiny_yaml: Path, tmp_path: Path) -> None:
     """Loader processes end with a run that is killed, and a run without them goes on from it."""
-    settings = ["steps=30", "checkpoint.every=5", "views.augment=torchvision", "--quiet"]
+    settings = ["steps=12", "checkpoint.every=3", "views.augment=torchvision", "--quiet"]
 
     def run(name: str, *more: str, **faults: Any) -> int:
         return runner("train", str(tiny_yaml), f"out={tmp_path / name}", *settings, *more, **faults)
@@ -101,12 +101,12 @@ def test_a_kill_with_workers(runner: Callable[..., int], tiny_yaml: Path, tmp_pa
         return found
 
     assert run("whole") == 0
-    assert run("killed", "data.workers=2", kill_at=60) == -signal.SIGKILL
+    assert run("killed", "data.workers=2", kill_at=40) == -signal.SIGKILL
     until = time.monotonic() + 60
     while loaders() and time.monotonic() < until:
         time.sleep(0.2)
     assert not loaders()
     step = load_checkpoint(tmp_path / "killed")["step"]
-    assert 0 < step < 30
+    assert 0 < step < 12
     assert run("killed", "data.workers=1") == 0
     assert same(left_by(tmp_path / "killed"), left_by(tmp_path / "whole"))
