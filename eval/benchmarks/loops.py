@@ -271,7 +271,7 @@ GROUPS = {
     "attention": r"scaled_dot_product|aten::bmm|softmax",
     "convolution": r"convolution",
     "optimizer, average": r"adamw|lerp|_foreach|addcdiv|addcmul|linalg_vector_norm",
-    "fused kernels": r"^graph_|cpp_fused|triton",
+    "compiled": r"[Cc]ompiled|cpp_fused|triton",
 }
 
 
