@@ -30,6 +30,7 @@ def same_end(left: Path, right: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_later(runner: Callable[..., int], tiny_yaml: Path, tmp_path: Path) -> None:
     """Every write that a run makes is refused at some limit; with room again, it goes on as if nothing had been."""
     common = ["train", str(tiny_yaml), "method=baseline", "steps=8", "--quiet"]
