@@ -152,7 +152,7 @@ def in_processes(command: Sequence[str], count: int, sweep: Sweep) -> int:
 
 def stop_with_parent() -> None:
     """Ask this process to stop when its standard input closes: a worker must not outlive who started it."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when the interpreter ends
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(60)  # long enough to save what is under way

@@ -20,7 +20,7 @@ def cluster() -> Iterator[Path]:
     folder = root / "cluster"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DINO_VALUE_SLURM", str(folder))
-        patch.setenv("DINO_VALUE_SLURM_PORT", str(27000 + 10 * (os.getpid() % 1000)))
+        patch.setenv("DINO_VALUE_SLURM_PORT", str(27000 + 10 * (os.getpid() % 500)))
         try:
             started = subprocess.run([SCRIPT, "start"], capture_output=True, text=True, timeout=300)
             assert started.returncode == 0, started.stderr

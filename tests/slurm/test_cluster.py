@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from signal import SIGTERM, SIGUSR2
 from typing import Any
 
 import cloudpickle
@@ -16,7 +18,6 @@ import torch
 
 from dino_value.checkpoint import load_checkpoint
 from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
-from dino_value.process import stop_requests
 from dino_value.slurm.jobs import describe, read_records
 from dino_value.slurm.launch import Resources, submit
 from dino_value.track import read_metrics
@@ -49,14 +50,16 @@ def sum_of_ranks(arguments: list[str]) -> int:
 
 
 def until_stopped(arguments: list[str]) -> int:
-    """Stands for training that takes for ever; the second attempt ends."""
-    marker = Path(arguments[0])
+    """Stands for training that takes for ever, and starts at once; the second attempt ends."""
+    marker, received = Path(arguments[0]), []
     if marker.exists():
         return EXIT_DONE
-    with stop_requests() as stopping:
-        marker.touch()
-        while not stopping():
-            time.sleep(0.1)
+    handlers = {number: signal.signal(number, lambda n, _: received.append(n)) for number in (SIGTERM, SIGUSR2)}
+    marker.touch()
+    while not received:
+        time.sleep(0.1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return EXIT_RESUMABLE
 
 
@@ -65,7 +68,7 @@ def write_down(arguments: list[str]) -> int:
     return EXIT_DONE
 
 
-def wait(condition: Callable[[], Any], seconds: float = 240) -> None:
+def wait(condition: Callable[[], Any], seconds: float = 500) -> None:
     last = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < last, "waited in vain"
@@ -96,7 +99,8 @@ def jobs(cluster: Path, tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactor
         return ["train", str(tiny_yaml), *overrides, "--quiet"]
 
     found: Jobs = {"root": root}
-    limit = Resources(timeout_min=1, signal_delay_s=20, cpus_per_task=1, max_timeouts=3)
+    # SLURM looks at time limits every 30 s: the signal comes after 45 to 75 s, and leaves as many to requeue in.
+    limit = Resources(timeout_min=2, signal_delay_s=45, cpus_per_task=1, max_timeouts=3)
     send("timeout", limit, [str(root / "timed_out")], entry=until_stopped)
     send("disturbed", Resources(partition="low", cpus_per_task=BIG), training("disturbed"))
     send("undisturbed", Resources(partition="high", cpus_per_task=BIG), training("undisturbed"))
