@@ -163,7 +163,8 @@ def frontier(values: Array) -> NDArray[np.bool_]:
     """Which rows of `values` [n k] no other row dominates: at least as good (large) in all columns, better in one."""
     at_least = (values[None] >= values[:, None]).all(-1)  # [i j]: j at least as good as i
     better = (values[None] > values[:, None]).any(-1)
-    return ~(at_least & better).any(1)
+    dominated: NDArray[np.bool_] = np.any(at_least & better, axis=1)
+    return ~dominated
 
 
 def hypervolume(values: Array, reference: Array) -> float:
@@ -287,9 +288,8 @@ def draw(found: Pareto) -> bytes:
     axes.step(line[:, 0], line[:, 1], where="post", color="#d55e00", linewidth=1, zorder=1)
     for label, points, colour, marker in groups(found):
         values = np.array([found.value(point) for point in points])
-        axes.scatter(
-            *values.T, c=colour, marker=marker, s=42, label=label, zorder=3, edgecolors="white", linewidths=0.6
-        )
+        style: dict[str, Any] = {"c": colour, "marker": marker, "s": 42, "edgecolors": "white", "linewidths": 0.6}
+        axes.scatter(values[:, 0], values[:, 1], label=label, zorder=3, **style)
     for point in found.front:
         name = Path(point.name).name
         axes.annotate(name, found.value(point), xytext=(4, 4), textcoords="offset points", fontsize=7)
