@@ -288,10 +288,8 @@ def draw(found: Pareto) -> bytes:
     axes.step(line[:, 0], line[:, 1], where="post", color="#d55e00", linewidth=1, zorder=1)
     for label, points, colour, marker in groups(found):
         values = np.array([found.value(point) for point in points])
-        across, up = values.T
-        axes.scatter(
-            across, up, c=colour, marker=marker, s=42, label=label, zorder=3, edgecolors="white", linewidths=0.6
-        )
+        style: dict[str, Any] = {"c": colour, "marker": marker, "s": 42, "edgecolors": "white", "linewidths": 0.6}
+        axes.scatter(values[:, 0], values[:, 1], label=label, zorder=3, **style)
     for point in found.front:
         name = Path(point.name).name
         axes.annotate(name, found.value(point), xytext=(4, 4), textcoords="offset points", fontsize=7)

@@ -223,7 +223,7 @@ def count(overrides: Sequence[str] = ()) -> dict[str, list[tuple[str, int]]]:
     """The collectives of a learner's `step` and of a designer's `update`, of two processes on small embedded images."""
     with tempfile.TemporaryDirectory() as folder:
         start_processes(_child, ([*SMALL, *overrides], folder), 2, start_method="forkserver")
-        seen: dict[str, list[tuple[str, int]]] = torch.load(Path(folder) / "seen.pt")
+        seen: dict[str, list[tuple[str, int]]] = torch.load(Path(folder) / "seen.pt", weights_only=True)
         return seen
 
 

@@ -108,7 +108,10 @@ def test_a_launcher_builds_no_shell_from_settings(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     texts = ["out=$(touch pwned)", "seed=`touch pwned`", "x;touch pwned", "'\ntouch pwned\n'"]
     folder = tmp_path / "jobs"
-    assert launch.main(["rooms/cpu", *texts, "--cluster", "debug", "--folder", str(folder)]) == 2
+    with pytest.raises(UserError):  # seen before anything is submitted
+        launch.main(["rooms/cpu", *texts, "--cluster", "local", "--folder", str(folder)])
+    (job,) = launch.submit([["train", "rooms/cpu", *texts]], launch.Resources(), folder, "local")
+    assert job.exception() is not None
     scripts = [path.read_text(errors="replace") for path in folder.rglob("*.sh")]
     assert not any("touch" in text for text in scripts)
     assert not (tmp_path / "pwned").exists()

@@ -208,6 +208,20 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signal
     monkeypatch.setattr(Run, "learner_update", interrupted)
 
 
+def test_a_pause_changes_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Sweeps judge a run in between: at a step that would neither be logged nor saved."""
+    few = ("log_every=4", "checkpoint.every=4")
+    train(tiny(*few), quiet=True, until=3)
+    assert load_checkpoint(tmp_path / "run")["step"] == 3
+    assert read_metrics(tmp_path / "run") == []
+    train(tiny(*few), quiet=True, until=2)
+    assert load_checkpoint(tmp_path / "run")["step"] == 3
+    train(tiny(*few), quiet=True)
+    train(tiny(*few, f"out={tmp_path / 'whole'}"), quiet=True)
+    assert same(load_checkpoint(tmp_path / "run"), load_checkpoint(tmp_path / "whole"))
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
 @pytest.mark.slow
 def test_workers_and_a_stop_change_nothing(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

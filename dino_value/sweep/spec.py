@@ -99,7 +99,7 @@ class Sweep:
         """Configuration keys of a point in the space: named choices spelt out."""
         found: dict[str, Any] = {}
         for key, value in params.items():
-            choices: Any = self.space.get(key)
+            choices = self.space[key]
             if is_named(choices):
                 found |= choices[value]
             else:

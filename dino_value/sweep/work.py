@@ -350,7 +350,7 @@ def settle(sweep: Sweep, study: optuna.Study, item: Item) -> None:
     except (Interrupted, KeyboardInterrupt):
         raise
     except optuna.TrialPruned:
-        assert item.trial is not None  # a reference has nothing to prune
+        assert item.trial is not None, "references are not pruned"
         study.tell(item.trial, state=state.PRUNED)
     except Exception as error:  # of one trial, whatever it is: the others go on
         line = " ".join(str(error).split()) or type(error).__name__
