@@ -19,11 +19,11 @@ from unittest import mock
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from dino_value.arguments import Parser
@@ -189,7 +189,7 @@ def counting(whole: DistributedDataParallel) -> Iterator[list[tuple[str, int]]]:
 
         return run
 
-    def hook(state: Any, bucket: dist.GradBucket) -> Any:
+    def hook(state: Any, bucket: Any) -> Any:
         return allreduce_hook(state, bucket)  # what DDP does unseen, through the function that is counted
 
     hook.__annotations__.clear()  # postponed ones are text, which DDP refuses
@@ -222,7 +222,7 @@ def _child(rank: int, overrides: list[str], folder: str) -> None:
 def count(overrides: Sequence[str] = ()) -> dict[str, list[tuple[str, int]]]:
     """The collectives of a learner's `step` and of a designer's `update`, of two processes on small embedded images."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_child, ([*SMALL, *overrides], folder), 2, start_method="forkserver")
+        start_processes(_child, ([*SMALL, *overrides], folder), 2, start_method="forkserver")
         seen: dict[str, list[tuple[str, int]]] = torch.load(Path(folder) / "seen.pt")
         return seen
 
@@ -256,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         mean = summed(step)[1] + summed(update)[1] / config.value.period
         millions = [f"{count / 1e6:.2f} M" for count in (sizes.learner, sizes.scope, sizes.designer)]
         models.add_row(label, *millions, *(f"{size / 1e6:.1f}" for size in (summed(step)[1], summed(update)[1], mean)))
-        configured[label] = config, sizes, len(timm.create_model(timm_name, pretrained=False, device="meta").blocks)
+        model: Any = timm.create_model(timm_name, pretrained=False, device="meta")
+        configured[label] = config, sizes, len(model.blocks)
         found["models"][label] = {"sizes": sizes._asdict(), "step": step, "update": update}
     machine = Machine(**{name: getattr(arguments, name) for name in Machine._fields})
     scaling = Table("images/s by the model", "batch", *(f"{world} GPUs" for world in WORLDS))
