@@ -44,8 +44,9 @@ install_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${PACKAGES[@]}" >/dev/null
 }
 
-hosts() { # NAMES: /etc/hosts with this script's line replaced; written in place, for it may be a mount
-    local rest; rest=$(grep -vF "$MARK" /etc/hosts || true)
+hosts() { # NAMES: /etc/hosts with this cluster's line replaced; written in place, for it may be a mount
+    # Lines that end with the mark: another cluster's folder may begin with this one's name.
+    local rest; rest=$(awk -v mark="$MARK" 'substr($0, length($0) - length(mark) + 1) != mark' /etc/hosts)
     { echo "$rest"; [ -z "$1" ] || echo "127.0.0.1 $1 $MARK"; } >"$DIR/hosts"
     cat "$DIR/hosts" >/etc/hosts
 }
