@@ -299,6 +299,11 @@ def test_nobody_at_the_address(tiny: Callable[..., Config], monkeypatch: pytest.
         train(tiny())
 
 
+def split_ps(line: str) -> tuple[str, str, str, str]:
+    pid, parent, state, args = line.split(None, 3)
+    return pid, parent, state, args
+
+
 @pytest.mark.slow
 def test_torchrun_leaves_no_process_behind(tiny_yaml: Path, tmp_path: Path) -> None:
     """The command of the documentation, and one worker killed from outside."""
@@ -308,25 +313,35 @@ def test_torchrun_leaves_no_process_behind(tiny_yaml: Path, tmp_path: Path) -> N
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
-    def running() -> list[tuple[int, str]]:
-        listed = subprocess.run(["ps", "-eo", "pid,sess,args"], capture_output=True, text=True).stdout.splitlines()
-        found = [line.split(None, 2) for line in listed[1:]]
-        return [(int(pid), text) for pid, session, text in found if int(session) == launcher.pid and "<def" not in text]
+    def tree(*roots: int) -> dict[int, str]:
+        """Processes below these, zombies left out, and their command lines."""
+        listed = subprocess.run(
+            ["ps", "-wweo", "pid,ppid,stat,args"], capture_output=True, text=True
+        ).stdout.splitlines()
+        table = [(int(pid), int(parent), state, args) for pid, parent, state, args in map(split_ps, listed[1:])]
+        found = {pid: args for pid, _, state, args in table if pid in roots and state[0] != "Z"}
+        while True:
+            more = {pid: args for pid, parent, state, args in table if parent in found and state[0] != "Z"}
+            if more.keys() <= found.keys():
+                return found
+            found |= more
 
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300
         while not read_metrics(tmp_path / "run") and time.monotonic() < until:
             time.sleep(0.2)
-        workers = [pid for pid, text in running() if f"out={tmp_path}" in text and "torch.distributed.run" not in text]
+        before = tree(launcher.pid)
+        workers = [pid for pid, args in before.items() if "dino-value train" in args and "distributed.run" not in args]
         assert len(workers) == 2
+        assert len(before) > 3  # loader processes too
         os.kill(max(workers), signal.SIGKILL)
-        said = launcher.communicate(timeout=60)[1]
+        said = launcher.communicate(timeout=120)[1]
         assert launcher.returncode != 0
-        assert "is gone: no sign of life; the same command goes on from the last checkpoint" in said
-        until = time.monotonic() + 20
-        while running() and time.monotonic() < until:
+        assert "is gone: no sign of life; the same command goes on from the last checkpoint" in said, said[-3000:]
+        until = time.monotonic() + 60
+        while tree(*before) and time.monotonic() < until:
             time.sleep(0.2)
-        assert running() == []
+        assert tree(*before) == {}
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)

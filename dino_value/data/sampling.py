@@ -7,7 +7,10 @@ whatever the number of workers, and a stopped run goes on by asking for step t.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -97,6 +100,7 @@ class Stream:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=4,
             multiprocessing_context=processes,
+            worker_init_fn=_end_with_parent,
             generator=torch.Generator(),  # for the loader's base seed, which would be drawn from the global generator
         )
         # A signal to the whole group is the training process's to answer: workers inherit the mask.
@@ -128,6 +132,19 @@ class Cursor:
     def seek(self, count: int) -> None:
         """Go on as if `count` batches had been taken."""
         self.count, self._batches = count, None
+
+
+def _end_with_parent(_: int) -> None:
+    """A loader process must not outlive the one it loads for, which may be killed: its own parent, that it would notice
+    by itself, is the server that it was forked from, and that lives as long as any of its children."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])  # type: ignore[union-attr]
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class _Steps(Dataset["tuple[Tensor, ...] | UserError"]):
