@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -199,6 +200,8 @@ def joined(config: Config) -> Iterator[None]:
         meeting.part()
         meeting.once(stopped, EXIT_RESUMABLE)
     except BaseException as error:
+        with contextlib.suppress(ValueError):  # torchrun now ends the group; there is something to be said before
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = meeting.lost() if isinstance(error, RuntimeError) else None
         if lost is None:
             meeting.fail(error)
