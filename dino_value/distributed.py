@@ -323,8 +323,10 @@ class Meeting:
         told = f"told/{zlib.crc32(str(error).encode())}"
         heard = False
         if isinstance(error, (UserError, Interrupted, ProcessLost)):
-            with contextlib.suppress(RuntimeError):
+            try:
                 heard = self.store.add(told, 1) > 1
+            except RuntimeError:  # process 0 has ended with its store, and said what all had agreed on
+                heard = not isinstance(error, ProcessLost)
         if heard:
             raise SystemExit(code) from None
         raise error
