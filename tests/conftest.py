@@ -44,6 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def same_arithmetic() -> None:
+    """What a command that ran before may have changed for the whole process: sums depend on the number of threads."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_flush_denormal(True)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """A seeded CPU generator."""
