@@ -479,7 +479,7 @@ def test_every_entry_of_the_registry(name: str) -> None:
     assert found.name == name
     flags = set(vars(command.build_parser(found).parse_args(["w", "--data", "d", "--out", "o"])))
     # Every flag sets an option, or is one that the command line knows.
-    known = {"weights", "data", "out", "model", "min_match", "skip_unreadable", "set"}
+    known = {"weights", "data", "out", "model", "min_match", "matmul", "skip_unreadable", "set"}
     assert flags - known <= set(found.defaults.__dataclass_fields__)
 
 
