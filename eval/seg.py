@@ -217,10 +217,9 @@ class _Pass:
     coarse: list[Tensor]
 
     def strips(self, size: tuple[int, int]) -> Iterator[Tensor]:
-        """Logits [C rows W] at `size`, top to bottom."""
-        height = self.grid.size[0] if len(self.grid) > 1 else self.coarse[0].shape[-2]
-        for strip in windows.resized_bands(windows.merged_bands(self.coarse, self.grid), height, size):
-            yield strip.flip(-1) if self.mirrored else strip
+        """Logits [rows W C] at `size`, top to bottom."""
+        for strip in windows.strips(self.coarse, self.grid, size):
+            yield strip.flip(1) if self.mirrored else strip
 
 
 def score(
@@ -281,7 +280,9 @@ def _same_shape(cut: list[tuple[_Pass, Tensor]], most: int) -> Iterator[list[tup
 
 def _is_simple(row: list[_Pass], labels: Tensor, classes: int) -> bool:
     """One window, and small enough to be brought to full resolution at once."""
-    return len(row) == 1 and len(row[0].grid) == 1 and 4 * classes * labels.numel() <= windows.STRIP_BYTES
+    if len(row) > 1 or len(row[0].grid) > 1:
+        return False
+    return 4 * classes * labels.numel() <= windows.strip_bytes(row[0].coarse[0].device)
 
 
 class _Tally:
@@ -314,13 +315,15 @@ class _Tally:
         confusion = torch.zeros(1, self.classes, self.classes, dtype=torch.int64, device=self.device)
         prediction, top = [], 0
         for strips in zip(*(one.strips((labels.shape[0], labels.shape[1])) for one in row), strict=True):
-            logits = strips[0] if len(row) == 1 else torch.stack([s.softmax(0) for s in strips]).mean(0).log()
-            truth = labels[None, top : top + logits.shape[1]].long()
-            self.loss += F.cross_entropy(logits[None], truth, ignore_index=IGNORE, reduction="sum").double()
+            logits = strips[0] if len(row) == 1 else torch.stack([s.softmax(2) for s in strips]).mean(0).log()
+            truth = labels[None, top : top + len(logits)].long()
+            self.loss += F.cross_entropy(
+                logits.flatten(0, 1), truth.flatten(), ignore_index=IGNORE, reduction="sum"
+            ).double()
             self.pixels += (truth != IGNORE).sum()
-            prediction.append(logits.argmax(0)[None].to(torch.uint8 if self.classes <= 256 else torch.int32))
+            prediction.append(logits.argmax(2)[None].to(torch.uint8 if self.classes <= 256 else torch.int32))
             confusion += confusion_matrices(prediction[-1].long(), truth, self.classes)
-            top += logits.shape[1]
+            top += len(logits)
         self.count(confusion)
         self.keep(torch.cat(prediction, 1))
 

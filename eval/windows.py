@@ -1,8 +1,8 @@
 """Dense prediction on images of any size: windows, and logits put together again in bands of bounded memory.
 
-All windows go through the backbone in batches, and are kept at the resolution of the head (a few kB each). Only a band
-of rows at a time is brought to full resolution: one row of windows of the scaled image, and STRIP_BYTES of the final
-one. So memory grows with the width of an image, not with its area.
+All windows go through the backbone in batches, and are kept at the resolution of the head (a few kB each). Only a strip
+of rows at a time is brought to full resolution, small enough for a processor's cache. So memory grows with the width of
+an image, not with its area.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STRIP_BYTES = 2**28
-"""Logits at full resolution that are held at once."""
+STRIP_BYTES = 2**22
+"""Logits at full resolution that are held at once on a CPU."""
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -53,57 +53,71 @@ class Grid:
         return [image[:, top : top + height, left : left + width] for top in self.tops for left in self.lefts]
 
 
-def merged_bands(coarse: Sequence[Tensor], grid: Grid) -> Iterator[Tensor]:
-    """The windows' logits, each [C h' w'], at the size of the image: bands [C rows W] from top to bottom.
+def strips(coarse: Sequence[Tensor], grid: Grid, size: tuple[int, int]) -> Iterator[Tensor]:
+    """The windows' logits, each [C h' w'], on an image of `size`: strips [rows W C], top to bottom.
 
-    Where windows overlap their logits are averaged. A single window is passed on as it is, at its own resolution.
+    Bilinear to the resolution of the windows, averaged where they overlap, then bilinear to `size`; all of that is
+    linear and acts on one axis at a time, so it is two matrix products for each window and strip, and nothing is ever
+    whole. A single window goes to `size` at once.
     """
-    if len(grid) == 1:
-        yield coarse[0]
-        return
-    (height, width), columns = grid.window, len(grid.lefts)
-    covered = torch.zeros(grid.size[1], device=coarse[0].device)
-    for left in grid.lefts:
-        covered[left : left + width] += 1
-    total = coarse[0].new_zeros(len(coarse[0]), height, grid.size[1])
-    rows = torch.zeros(height, 1, device=coarse[0].device)
-    for index, top in enumerate(grid.tops):
-        for left, window in zip(grid.lefts, coarse[index * columns : (index + 1) * columns], strict=True):
-            total[:, :, left : left + width] += _resize(window, grid.window)
-        rows += 1
-        last = index + 1 == len(grid.tops)
-        done = height if last else min(height, grid.tops[index + 1] - top)
-        yield total[:, :done] / (rows[:done] * covered)
-        if not last:  # a band further down
-            total = torch.cat([total[:, done:], torch.zeros_like(total[:, :done])], 1)
-            rows = torch.cat([rows[done:], torch.zeros_like(rows[:done])])
+    (height, width), classes = size, len(coarse[0])
+    rows, columns = (
+        _shares(*sides, like=coarse[0], alone=len(grid) == 1)
+        for sides in zip(grid.size, grid.window, (grid.tops, grid.lefts), coarse[0].shape[1:], size, strict=True)
+    )
+    held: dict[int, Tensor] = {}  # rows of windows at full width: those that the strip meets
+    step = max(1, strip_bytes(coarse[0].device) // (4 * width * classes))
+    for top in range(0, height, step):
+        stop = min(top + step, height)
+        strip = coarse[0].new_zeros(stop - top, width * classes)
+        for index, (first, end, share) in enumerate(rows):
+            if end <= top:
+                held.pop(index, None)
+            elif first < stop:
+                if index not in held:
+                    held[index] = _widened(coarse[index * len(columns) :], columns, width).flatten(1)
+                start, last = max(first, top), min(end, stop)
+                strip[start - top : last - top].addmm_(share[start - first : last - first], held[index])
+        yield strip.view(-1, width, classes)
 
 
-def resized_bands(bands: Iterator[Tensor], height: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Bands [C r w], together of `height` rows, resampled bilinearly to `size`: strips [C rows W], top to bottom.
-
-    Equal to `interpolate` of the whole, which is never there.
-    """
-    held, first = next(bands), 0  # `held` begins at row `first`
-    scale = height / size[0]
-    strip = max(1, STRIP_BYTES // (4 * len(held) * size[1]))
-    start = 0
-    while start < size[0]:
-        stop = min(start + strip, size[0])
-        place = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * scale - 0.5).clamp(min=0)
-        above = place.floor().long()
-        below = (above + 1).clamp(max=height - 1)
-        while int(below[-1]) >= first + held.shape[1]:
-            keep = min(int(above[0]) - first, held.shape[1])
-            held, first = torch.cat([held[:, keep:], next(bands)], 1), first + keep
-        share = (place - above).to(held)[:, None]
-        above, below = ((rows - first).to(held.device) for rows in (above, below))
-        rows = held[:, above] if scale == 1 else torch.lerp(held[:, above], held[:, below], share)
-        yield _resize(rows, (stop - start, size[1]))
-        start = stop
+def strip_bytes(device: torch.device) -> int:
+    """Logits at full resolution that are held at once."""
+    return 2**28 if device.type == "cuda" else STRIP_BYTES
 
 
-def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(logits.shape[-2:]) == size:
-        return logits
-    return F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+def _shares(
+    length: int, window: int, starts: Sequence[int], coarse: int, out: int, like: Tensor, alone: bool
+) -> list[tuple[int, int, Tensor]]:
+    """Along one side, for each window: the output pixels that it reaches, first and end, and what its coarse values
+    give to each, [end − first, coarse]. A window that is `alone` does not go by way of its own resolution."""
+    eye = torch.eye(coarse, device=like.device, dtype=like.dtype)
+    if alone:
+        return [(0, out, _linear(eye, out).t())]
+    up, shares = _linear(eye, window), like.new_zeros(len(starts), coarse, length)
+    count = like.new_zeros(length)
+    for share, start in zip(shares, starts, strict=True):
+        share[:, start : start + window] = up
+        count[start : start + window] += 1
+    found = []
+    for share, start in zip(shares / count, starts, strict=True):
+        scale = out / length
+        # Bilinear sampling reaches less than a pixel, of either resolution, beyond the window's edges.
+        first = max(0, int((start - 1) * scale) - 1)
+        end = min(out, int((start + window + 1) * scale) + 2)
+        found.append((first, end, _linear(share, out)[:, first:end].t().contiguous()))
+    return found
+
+
+def _linear(values: Tensor, out: int) -> Tensor:
+    """[n length] to [n out], linear."""
+    return values if values.shape[1] == out else F.interpolate(values[None], out, mode="linear", align_corners=False)[0]
+
+
+def _widened(coarse: Sequence[Tensor], columns: Sequence[tuple[int, int, Tensor]], width: int) -> Tensor:
+    """The first windows of `coarse`, side by side at full width: [h' W C]."""
+    classes, height, _ = coarse[0].shape
+    found = coarse[0].new_zeros(height, width, classes)
+    for window, (first, end, share) in zip(coarse, columns, strict=False):
+        found[:, first:end] += share @ window.permute(1, 2, 0)
+    return found

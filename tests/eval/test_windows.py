@@ -57,8 +57,19 @@ def test_window_starts(length: int, window: int, stride: int, starts: list[int])
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 80), (77, 32), (90, 71)])
 @pytest.mark.parametrize("stride", [8, 21, 32])
-def test_bands_are_the_mean_of_the_windows(size: tuple[int, int], stride: int, generator: torch.Generator) -> None:
-    grid = windows.Grid.over(size, (32, 32), (stride, stride))
+@pytest.mark.parametrize("to", [None, (64, 50), (160, 201), (9, 1)])
+@pytest.mark.parametrize("strip_rows", [1, 7, 1000])
+def test_strips_are_the_mean_of_the_windows(
+    size: tuple[int, int],
+    stride: int,
+    to: tuple[int, int] | None,
+    strip_rows: int,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against everything at full resolution, then resized."""
+    grid, to = windows.Grid.over(size, (32, 32), (stride, stride)), to or size
+    monkeypatch.setattr(windows, "STRIP_BYTES", 4 * 5 * to[1] * strip_rows)
     coarse = torch.randn(len(grid), 5, 4, 4, generator=generator)
     total, count = torch.zeros(5, *size), torch.zeros(size)
     for index, one in enumerate(coarse):
@@ -67,11 +78,11 @@ def test_bands_are_the_mean_of_the_windows(size: tuple[int, int], stride: int, g
         total[here] += F.interpolate(one[None], size=(32, 32), mode="bilinear", align_corners=False)[0]
         count[here] += 1
     assert count.min() >= 1
-    found = torch.cat(list(windows.merged_bands(list(coarse), grid)), 1)
-    if len(grid) == 1:
-        assert torch.equal(found, coarse[0])  # left as it is
-    else:
-        torch.testing.assert_close(found, total / count)
+    merged = coarse[0] if len(grid) == 1 else total / count
+    found = list(windows.strips(list(coarse), grid, to))
+    assert max(map(len, found)) <= strip_rows
+    expected = F.interpolate(merged[None], size=to, mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(torch.cat(found).permute(2, 0, 1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_windows_that_tile_agree_with_the_whole(generator: torch.Generator) -> None:
@@ -79,22 +90,8 @@ def test_windows_that_tile_agree_with_the_whole(generator: torch.Generator) -> N
     whole = torch.randn(5, 64, 96, generator=generator)
     for stride in (16, 32):
         grid = windows.Grid.over((64, 96), (32, 32), (stride, stride))
-        merged = torch.cat(list(windows.merged_bands(grid.cut(whole), grid)), 1)
+        merged = torch.cat(list(windows.strips(grid.cut(whole), grid, (64, 96)))).permute(2, 0, 1)
         torch.testing.assert_close(merged, whole)
-
-
-@pytest.mark.parametrize("height", [1, 7, 40])
-@pytest.mark.parametrize("size", [(40, 30), (95, 64), (13, 11), (1, 1)])
-@pytest.mark.parametrize("strip_rows", [1, 6, 1000])
-def test_strips_are_the_interpolated_whole(
-    height: int, size: tuple[int, int], strip_rows: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(windows, "STRIP_BYTES", 4 * 5 * size[1] * strip_rows)
-    whole = torch.randn(5, height, 30, generator=generator)
-    strips = list(windows.resized_bands(iter(whole.split(4, dim=1)), height, size))
-    assert max(strip.shape[1] for strip in strips) <= strip_rows
-    expected = F.interpolate(whole[None], size=size, mode="bilinear", align_corners=False)[0]
-    torch.testing.assert_close(torch.cat(strips, 1), expected, atol=1e-5, rtol=1e-5)
 
 
 def naive(
