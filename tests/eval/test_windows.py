@@ -183,7 +183,7 @@ def test_windows_and_the_whole_image_agree_inside(stride: int, generator: torch.
     image = data.images[0]
     with torch.no_grad():
         ((found,),) = seg.predict(extractor, head, dataset, [[image]], options)
-        slid = torch.cat(list(found.strips((height, width))), 1)
+        slid = torch.cat(list(found.strips((height, width)))).permute(2, 0, 1)
         coarse = head(extractor(image[None]))
         whole = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)[0]
     assert len(found.grid) > 1
