@@ -6,6 +6,7 @@ whatever the number of workers, and a stopped run goes on by asking for step t.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import multiprocessing
@@ -13,7 +14,9 @@ import os
 import select
 import signal
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Protocol
 
 import torch
@@ -94,17 +97,31 @@ class Stream:
             worker_init_fn=functools.partial(_follow, os.getpid()),
             generator=torch.Generator(),  # for the loader's base seed, which would be drawn from the global generator
         )
-        # A signal to the whole group is the training process's to answer: workers, and the server they are forked from,
-        # inherit the mask.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2))
+        # A signal to the whole group is the training process's to answer: workers, the server they are forked from and
+        # the tracker of semaphores inherit the mask.
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+        before, others = signal.pthread_sigmask(signal.SIG_BLOCK, signals), multiprocessing.active_children()
         try:
+            resource_tracker.ensure_running()  # its start lifts the mask from SIGTERM and SIGINT
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _WORKERS.update(set(multiprocessing.active_children()).difference(others))
         for batch in batches:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+_WORKERS: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
+
+
+@atexit.register  # after multiprocessing's own, hence run before it: that one sends SIGTERM and waits
+def _end() -> None:
+    """End loader processes that an open iterator has kept; they do not hear SIGTERM."""
+    for worker in _WORKERS:
+        worker.kill()
 
 
 def _follow(process: int, worker: int) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections.abc import Sequence
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_value.config import ViewsConfig
+from dino_value.data import sampling
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.data.views import FolderViews
 from dino_value.errors import UserError
@@ -123,6 +128,34 @@ def test_workers_change_nothing(images: list[Path]) -> None:
     alone = batches(0)
     assert [part.shape for part in alone[0]] == [(2, 2, 3, 16, 16), (2, 2, 3, 8, 8)]
     assert same(alone, batches(2))
+
+
+def test_signals_to_the_group_are_not_for_workers() -> None:
+    """SLURM sends them to every process of a job; the training process must still get its batches to finish a step."""
+    stream = Stream(Numbers(), 3, 0, "unlabeled", workers=2)
+    others = multiprocessing.active_children()
+    batches = stream.iterate(0, 40)  # more than are prepared ahead
+    first = next(batches)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    server, tracker = forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid  # type: ignore
+    assert len(workers) == 2
+    for process in (*(worker.pid for worker in workers), server, tracker):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            os.kill(process, number)
+    assert same([first, *batches], [stream.batch(step) for step in range(40)])
+
+
+def test_an_open_stream_does_not_keep_a_process_from_ending() -> None:
+    others = multiprocessing.active_children()
+    batches = Stream(Numbers(), 3, 0, "unlabeled", workers=1).iterate(0, 40)
+    next(batches)
+    (worker,) = (process for process in multiprocessing.active_children() if process not in others)
+    worker.terminate()  # what the interpreter does at its end, and then waits
+    worker.join(0.2)
+    assert worker.is_alive()
+    sampling._end()
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_a_mistake_found_by_a_worker_is_still_one_clear_line(images: list[Path]) -> None:

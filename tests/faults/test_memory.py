@@ -15,7 +15,7 @@ SLACK = 6_000  # KiB: arenas and caches that fill up late; a leak of one small t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(1200 + 3 * STEPS)
 def test_memory_is_flat(runner: Callable[..., int], tiny_yaml: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     settings = [f"steps={STEPS}", "log_every=10", f"checkpoint.every={STEPS // 8}", "checkpoint.keep=2", "--quiet"]
