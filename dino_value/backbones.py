@@ -27,7 +27,8 @@ from dino_value.attention import choose, kernel, wants_math
 from dino_value.blocks import apply_block, class_attention, compiled_block, unknown
 from dino_value.errors import UserError
 from dino_value.files import replacing
-from dino_value.weights import TIMM, misfits, read_header, read_weights, recognise, table_side, to_timm
+from dino_value.weight_files import read_header, read_weights, with_checksum
+from dino_value.weights import TIMM, misfits, recognise, table_side, to_timm
 
 WEIGHTS_NAME = "backbone.safetensors"
 
@@ -451,14 +452,14 @@ def backbone_weights(
 
 
 def write_weights(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A .safetensors file, complete or not at all.
+    """A .safetensors file with its checksum, complete or not at all.
 
     Raises:
         OSError: the disk refused it.
     """
     try:
         with replacing(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+            save_file(tensors, temporary, metadata=with_checksum(tensors, metadata))
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(str(error)) from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dino_value.errors import UserError
-from dino_value.files import replacing, sweep
+from dino_value.files import damaged_part, replacing, sweep
 
 _PATTERN = "step_*.pt"
 BEST_NAME = "best.pt"
@@ -114,15 +113,11 @@ def load_checkpoint(path: str | os.PathLike[str], part: str = "teacher") -> dict
 def read_state(path: Path) -> dict[str, Any]:
     """What `write_state` wrote; its checksums are verified, and nothing in it is executed.
 
-    `torch.save` writes a zip archive with a CRC-32 of every part, which `torch.load` does not look at: a flipped bit of
-    a weight would go unseen.
-
     Raises:
         UserError: torn, damaged, or of another kind.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        damaged = damaged_part(path)
         if damaged is not None:
             raise UserError(f"{path}: not a readable checkpoint: damaged, the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -15,7 +15,8 @@ from dino_value import __version__
 from dino_value.backbones import WEIGHTS_NAME, Backbone
 from dino_value.errors import UserError
 from dino_value.export_meta import pixels
-from dino_value.weights import DINO, PLAIN, TIMM, read_header
+from dino_value.weight_files import read_header
+from dino_value.weights import DINO, PLAIN, TIMM
 
 
 def model_card(backbone: Backbone, source: Path, format: str, difference: float) -> str:

@@ -25,7 +25,7 @@ from dino_value.arguments import Parser
 from dino_value.backbones import WEIGHTS_NAME
 from dino_value.errors import EXIT_DONE, UserError
 from dino_value.files import write_bytes, write_json, write_text
-from dino_value.weights import read_header
+from dino_value.weight_files import read_header
 
 Array = NDArray[np.float64]
 STEP0, BASELINE = "step-0", "baseline"

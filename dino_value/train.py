@@ -55,6 +55,7 @@ from dino_value.steer import Steer, not_finite
 from dino_value.steps import Learner, Views, build_objective, make_views, update_teacher
 from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
 from dino_value.value import average
+from dino_value.weight_files import is_whole
 from dino_value.weights import fit_positions, load_head
 
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
@@ -99,7 +100,7 @@ def _train(config: Config, quiet: bool, override: bool, until: int | None, stopp
 
         warnings += distributed.from_first(look)
         run.resume(state or load_checkpoint(folder))
-        if first and not (folder / WEIGHTS_NAME).exists():
+        if first and not is_whole(folder / WEIGHTS_NAME):
             run.save_weights(folder)
     for text in warnings if first else ():
         print(f"warning: {text}", file=sys.stderr)

@@ -1,13 +1,12 @@
 """Foreign weights: files as DINO, DINOv2, DINOv3, timm and transformers write them, under timm's names.
 
-A file is read without running anything it holds, its layout is recognised by its names, and timm's own filter does the
-renaming that timm knows. What timm lacks is here: the layouts of transformers, whole training checkpoints, and the
-position embeddings' interpolation as their authors do it.
+A layout is recognised by its names, and timm's own filter does the renaming that timm knows. What timm lacks is here:
+the layouts of transformers, whole training checkpoints, and the interpolation of position embeddings as their authors
+do it.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import json
@@ -19,14 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dino_value.errors import UserError
+from dino_value.weight_files import WRAPPING, network, read_pickle
 
 
 class Positions(NamedTuple):
@@ -90,110 +87,6 @@ class Weights:
 
 
 _REGISTERS = ("register_tokens", "storage_tokens", "reg_token")
-
-
-# Reading
-
-
-# What main_dino.py leaves in its checkpoints beside tensors and containers: its arguments, and as learning rate and
-# weight decay of the optimizer's groups scalars of its schedules' numpy arrays, under numpy 1's or numpy 2's names.
-_float64 = np.dtype(np.float64)
-_scalar = _float64.type(0).__reduce__()[0]
-_KNOWN: list[Any] = [
-    argparse.Namespace,
-    np.dtype,
-    type(_float64),
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-]
-
-
-def read_pickle(path: str | os.PathLike[str]) -> Any:
-    """What a .pth file holds, weights-only: tensors, containers, and what main_dino.py writes beside them.
-
-    Of an argparse.Namespace the unpickler sets attributes, and of numpy it makes numbers: no code of the file's
-    choosing can run.
-
-    Raises:
-        UserError: unreadable, or holding an object of any other class.
-    """
-    try:
-        with torch.serialization.safe_globals(_KNOWN):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path}: not a readable weights file: {_first_line(error)}") from None
-    except Exception as error:  # pickle.UnpicklingError: an object that weights-only loading refuses
-        raise UserError(f"{path}: refused by weights-only loading: {_first_line(error)}") from None
-
-
-def read_header(path: str | os.PathLike[str]) -> dict[str, str] | None:
-    """The metadata of a .safetensors file; None of any other.
-
-    Raises:
-        UserError: the file is not readable.
-    """
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable weights file: {_first_line(error)}") from None
-
-
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of the network in a .safetensors or .pth file: the teacher, where a file holds two.
-
-    Raises:
-        UserError: the file is absent, unreadable, or holds no tensors.
-    """
-    return read_weights(path)[0]
-
-
-def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """`read_tensors`, and the metadata beside them: a .safetensors file's, or what a checkpoint of ours says of its
-    positions; None of any other pickle.
-
-    Raises:
-        UserError: as `read_tensors`.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file")
-    if path.suffix == ".safetensors":
-        header = read_header(path)  # says what is wrong with a damaged one
-        content: Any = load_file(path)
-    else:
-        content = read_pickle(path)
-        own = isinstance(content, dict) and "objective" in content and "positions" in content
-        header = {"positions": json.dumps(content["positions"])} if own else None
-    tensors = network(content)
-    if not tensors:
-        raise UserError(f"{path}: holds no tensors")
-    return tensors, header
-
-
-def network(content: Any) -> dict[str, Tensor]:
-    """The network in a checkpoint's content, without the wrappings of DDP, FSDP and torch.compile."""
-    outer = next((key for key in _OUTER if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
-    if outer is not None:
-        return network(content[outer])
-    if not isinstance(content, dict):
-        return {}
-    tensors = {_WRAPPING.sub("", str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
-    for part in ("teacher.", "student."):  # DINOv2 and DINOv3 train with both in one module
-        chosen = {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
-        if chosen:
-            return chosen
-    return tensors
-
-
-_OUTER = ("teacher", "student", "state_dict", "model")
-_WRAPPING = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # Recognising
@@ -449,7 +342,7 @@ def _part(content: Any, part: str) -> dict[str, Tensor]:
         return network(content[part])
     if isinstance(content.get("model"), dict):  # DINOv2 trains with both in one module
         return _part(content["model"], part)
-    tensors = {name: value for name, value in content.items() if _WRAPPING.sub("", str(name)).startswith(f"{part}.")}
+    tensors = {name: value for name, value in content.items() if WRAPPING.sub("", str(name)).startswith(f"{part}.")}
     return network(tensors)
 
 

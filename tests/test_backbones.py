@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dino_value.backbones import Backbone, create_backbone, load_backbone, load_weights, save_backbone
 from dino_value.errors import UserError
-from dino_value.weights import read_tensors
+from dino_value.weight_files import read_tensors
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}

@@ -19,7 +19,8 @@ from dino_value.backbones import Backbone, create_backbone, load_backbone, save_
 from dino_value.errors import UserError
 from dino_value.export import export
 from dino_value.export_meta import official
-from dino_value.weights import DINO, read_pickle
+from dino_value.weight_files import read_pickle
+from dino_value.weights import DINO
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 TINY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}

@@ -26,6 +26,7 @@ from dino_value.errors import UserError
 from dino_value.export import export
 from dino_value.objectives.dino import DINOHead
 from dino_value.train import Run, train
+from dino_value.weight_files import read_header, read_pickle, read_tensors
 from dino_value.weights import (
     DINO,
     PLAIN,
@@ -34,9 +35,6 @@ from dino_value.weights import (
     center_from,
     head_from,
     load_head,
-    read_header,
-    read_pickle,
-    read_tensors,
     recognise,
 )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dino_value.checkpoint import load_checkpoint
 from dino_value.track import read_metrics
-from dino_value.weights import read_header
+from dino_value.weight_files import read_header
 
 KILLS = int(os.environ.get("DINO_VALUE_KILLS", "12"))
 TIMING = ("images_per_second", "data_wait", "seconds")
