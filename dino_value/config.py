@@ -52,7 +52,8 @@ class ViewsConfig:
     local_count: int = 6
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.4)
-    jitter: float = 0.8  # probability
+    flip: float = 0.5  # probability, as is jitter
+    jitter: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.2
@@ -103,13 +104,13 @@ class IJEPAConfig:
     """I-JEPA's predictor and blocks (arXiv 2301.08243, appendix A.1)."""
 
     width: int = 384  # of the predictor
-    depth: int = 6  # 12 for ViT-L and larger
-    heads: int = 6
+    depth: int = 6  # published: 12 for ViT-H, 16 for ViT-g
+    heads: int = 6  # width 64 each; the published code has the encoder's number
     targets: int = 4  # blocks to predict in each image
     target_scale: tuple[float, float] = (0.15, 0.2)  # share of the patches, from … to
     target_aspect: tuple[float, float] = (0.75, 1.5)  # height over width
     context_scale: tuple[float, float] = (0.85, 1.0)
-    context_least: int = 5  # patches that must be left to see
+    context_least: int = 5  # patches that must be left to see: what 64-pixel views allow; 11 in the published runs
     beta: float = 1.0  # where smooth ℓ1 turns from squares to distances (the published code's)
 
 
@@ -148,7 +149,7 @@ class OptimConfig:
     weight_decay_end: float = 0.04
     clip: float = 1.0
     freeze_backbone: int = 0  # steps: a fresh head warms up before it may move the backbone
-    layer_decay: float = 1.0  # of lr, from one block to the block before it; 0.9 in DINOv2 (optim.layerwise_decay)
+    layer_decay: float = 1.0  # of lr, from one block to the block before it; 0.9 by default in DINOv2's code
     patch_embed_lr_mult: float = 1.0  # of the patch embedding's lr, besides; 0.2 in DINOv2
     skip_nonfinite: int = 0  # steps whose loss or gradient is not finite that are left out; one more ends the run
     accumulate: int = 1  # backward passes that share a step's batch, for less memory; docs/scaling.md
@@ -415,6 +416,7 @@ _ABOVE_ZERO = {  # each with what the message says of it
     "designer.blur_sigma": "it is the blur's width in pixels; the default is 10",
 }
 _SHARES = (  # in [0, 1]
+    "views.flip",
     "views.jitter",
     "views.grayscale",
     "views.solarize",

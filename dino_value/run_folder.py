@@ -35,7 +35,7 @@ def prepare_folder(config: Any, folder: Path, override: bool = False) -> list[st
         if saved.exists():
             # Through YAML, so that tuples are lists as in the file.
             now = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            differences = _differences(OmegaConf.load(saved), now)
+            differences = _differences(OmegaConf.load(saved), now, OmegaConf.structured(type(config)))
             # A run that was refused at its first step left no row and no checkpoint: nothing is lost with it.
             begun = latest_checkpoint(folder / "checkpoints") is not None or read_metrics(folder)
             if differences and not begun and (strangers or not _is_config(saved, type(config))):
@@ -100,7 +100,9 @@ def _is_config(path: Path, schema: type) -> bool:
     return isinstance(saved, DictConfig) and {str(key) for key in saved} <= {item.name for item in fields(schema)}
 
 
-def _differences(old: Any, new: Any) -> list[str]:
+def _differences(old: Any, new: Any, defaults: Any) -> list[str]:
+    """Settings in which a run's file differs; one that its version did not have yet had its default's effect."""
+
     def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(tree, dict):
             return {prefix: tree}
@@ -110,7 +112,8 @@ def _differences(old: Any, new: Any) -> list[str]:
             for name, leaf in flat(value, f"{prefix}.{part}".lstrip(".")).items()
         }
 
-    before, after = flat(OmegaConf.to_container(old)), flat(OmegaConf.to_container(new))
+    before, after, usual = (flat(OmegaConf.to_container(each)) for each in (old, new, defaults))
+    before = {**{name: usual[name] for name in after if name in usual}, **before}
     return [
         f"{name}: {before.get(name)} there, {after.get(name)} now"
         for name in sorted({*before, *after} - _FREE)

@@ -135,6 +135,7 @@ def test_bad_values(file: Path, override: str, said: str) -> None:
         ("views.blur_sigma=[2,1]", "0 < low <= high"),
         ("views.blur_sigma=[0.1,.inf]", "must be finite"),
         ("views.jitter=2", "lie in [0, 1]"),
+        ("views.flip=1.5", "lie in [0, 1]"),
         ("views.grayscale=-0.1", "lie in [0, 1]"),
         ("views.solarize=1.1", "lie in [0, 1]"),
         ("views.blur=[1,1,2]", "lie in [0, 1]"),

@@ -23,7 +23,10 @@ TOY = (
 HEAD = (
     "objective.out_dim=16 objective.hidden_dim=16 objective.bottleneck_dim=8 views.global_size=56 views.local_size=28"
 )
-PREDICTOR = "objective.ijepa.width=8 objective.ijepa.depth=1 objective.ijepa.heads=2 views.global_size=64"
+PREDICTOR = (
+    "objective.ijepa.context_least=5 objective.ijepa.width=8 objective.ijepa.depth=1 objective.ijepa.heads=2 "
+    "views.global_size=64"
+)
 RECIPES = {"dinov2_vitb14": (HEAD, "28"), "ijepa_vitb16": (PREDICTOR, "32")}
 
 

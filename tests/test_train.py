@@ -647,10 +647,15 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def test_weights_are_written_again_for_a_finished_run(tiny: Callable[..., Config]) -> None:
     folder = train(tiny("method=baseline"), quiet=True)
-    content = load_file(folder / "backbone.safetensors")
-    (folder / "backbone.safetensors").unlink()
-    train(tiny("method=baseline"), quiet=True)
-    assert same(load_file(folder / "backbone.safetensors"), content)
+    path = folder / "backbone.safetensors"
+    content, weights = path.read_bytes(), load_file(path)
+    path.unlink()
+    for _ in range(2):
+        train(tiny("method=baseline"), quiet=True)
+        assert same(load_file(path), weights)
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])  # one bit of a weight
+    with pytest.raises(UserError, match="the command that trained it writes it again"):
+        load_backbone(folder)
 
 
 def test_other_settings_are_taken_when_told(tiny: Callable[..., Config], tmp_path: Path) -> None:
@@ -679,6 +684,9 @@ def test_checkpoints_of_earlier_versions_go_on(tiny: Callable[..., Config], tmp_
     content = load_checkpoint(older)
     del content["best"], content["skipped"]
     torch.save(content, older)
+    settings = (folder / "config.yaml").read_text()
+    assert "  flip: 0.5\n" in settings
+    (folder / "config.yaml").write_text(settings.replace("  flip: 0.5\n", ""))  # then it was 0.5 for all
     train(config, quiet=True)
     assert same(load_checkpoint(folder), state)
 

@@ -43,6 +43,7 @@ class ViewSettings(Protocol):
     local_count: int
     global_scale: tuple[float, float]
     local_scale: tuple[float, float]
+    flip: float
     jitter: float
     brightness: float
     contrast: float
@@ -244,7 +245,7 @@ def draw(blur: Tensor, solar: Tensor, settings: ViewSettings, generator: torch.G
     def happens(probability: float | Tensor) -> Tensor:
         return torch.rand(count, generator=generator) < probability
 
-    flip, jitter = happens(0.5), happens(settings.jitter)
+    flip, jitter = happens(settings.flip), happens(settings.jitter)
     factors = {
         "brightness": uniform(max(0.0, 1 - settings.brightness), 1 + settings.brightness),
         "contrast": uniform(max(0.0, 1 - settings.contrast), 1 + settings.contrast),

@@ -216,6 +216,8 @@ def test_half_of_the_views_are_mirrored_and_nothing_else() -> None:
     kept = (found == plain).all(-1).all(-1).all(-1)
     assert torch.equal(found[~kept], plain[~kept].flip(-1))
     assert 0.25 * COUNT < kept.sum() < 0.75 * COUNT
+    assert torch.equal(run(batch, flip=0.0), plain)
+    assert torch.equal(run(batch, flip=1.0), plain.flip(-1))
 
 
 def test_greyscale() -> None:
