@@ -13,9 +13,8 @@ from torch import Tensor
 from dino_value.backbones import WEIGHTS_NAME, load_backbone
 from dino_value.checkpoint import latest_checkpoint
 from dino_value.config import Config, load_config
-from dino_value.data.labelled import LabelledDataset, open_labelled
 from dino_value.errors import UserError
-from dino_value.gallery import masked, patch_map
+from dino_value.gallery import SHOWN, held_out_images, masked, patch_map
 from dino_value.report.figures import (
     Figure,
     Panel,
@@ -42,7 +41,6 @@ CURVES = (
     "images_per_second",
 )
 HEADLINES = {"seg": ("miou",), "depth": ("rmse", "absrel", "delta1"), "linear": ("top1",), "knn": ("top1",)}
-SHOWN = 6  # images, and pictures of an evaluation
 
 
 def report_runs(runs: Sequence[Path], path: Path) -> Path:
@@ -120,19 +118,6 @@ def _metrics(run: Path) -> dict[str, float]:
             if isinstance(content.get(metric), float):
                 found[f"knn_{metric}" if name == "knn" else metric] = content[metric]
     return found
-
-
-def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
-    """Images uint8 [n 3 H W] of the run's labelled validation split; None where it names none."""
-    for layout, root in (("ade20k", config.data.ade20k), ("nyuv2", config.data.nyuv2)):
-        if root is None:
-            continue
-        source = open_labelled(layout, root, "validation")  # type: ignore[arg-type]
-        size = (config.views.global_size, config.views.global_size)
-        shown = range(0, len(source), max(1, len(source) // count))[:count]
-        images, _ = LabelledDataset(source, shown, size=size).batch(range(len(shown)))
-        return images
-    return None
 
 
 def _galleries(arms: Mapping[str, Sequence[Path]], images: Tensor) -> list[Figure]:

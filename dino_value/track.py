@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from dino_value.files import write_text
+from dino_value.trackers import Pictures, Trackers
 from dino_value.value import average
 
 METRICS_NAME = "metrics.jsonl"
@@ -63,11 +64,11 @@ class Meters:
 class MetricsFile:
     """metrics.jsonl: one object a line, each with its `step`; a resumed run drops the lines after its checkpoint.
 
-    A line with `event` and `message` is something that was said, not measured.
+    A line with `event` and `message` is something that was said, not measured. `also` is told each line too.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / METRICS_NAME
+    def __init__(self, folder: Path, step: int, also: Trackers | None = None) -> None:
+        self.path, self.also = folder / METRICS_NAME, also
         if self.path.exists():
             kept = [row for row in read_metrics(folder) if row["step"] <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -75,9 +76,24 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.also is not None:
+            self.also.write(step, values)
+
+    def pictures(self, step: int, draw: Callable[[], Pictures]) -> None:
+        """For those who take pictures."""
+        if self.also is not None:
+            self.also.pictures(step, draw)
 
     def close(self) -> None:
         self._file.close()
+        if self.also is not None:
+            self.also.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

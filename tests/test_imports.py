@@ -27,6 +27,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "optim",
         "checkpoint",
         "track",
+        "trackers",
         "config",
         "files",
         "process",
