@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,12 @@ def test_wandb_offline_has_every_step_once(tiny: Make, monkeypatch: pytest.Monke
     files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 2
     assert len({file.name for file in files}) == 1  # two starts of one run
-    history = [row for file in files for row in wandb_history(file)]
-    steps = [row["_step"] for row in history]
-    assert steps == [1, 2, 3, 4]
+    history: list[dict[str, Any]] = []
+    patience = time.monotonic() + 30  # W&B writes from a process of its own, that outlives the run
+    while len(history) < 4 and time.monotonic() < patience:
+        time.sleep(0.1)
+        history = [row for file in files for row in wandb_history(file)]
+    assert [row["_step"] for row in history] == [1, 2, 3, 4]
     rows = dict(numbers(read_metrics(folder)))
     for row in history:
         assert row["loss"] == pytest.approx(rows[row["_step"]]["loss"])
