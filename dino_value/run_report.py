@@ -179,9 +179,9 @@ def _probes(arms: Mapping[str, Sequence[Path]]) -> list[Figure]:
     """What `dino-value probe` left in the first run of each arm: the last state, and r across training."""
     found: dict[str, dict[int, Any]] = {}
     for arm, folders in arms.items():
-        for path in sorted((folders[0] / "results").glob("probe*.json")):
+        for path in (folders[0] / "results").glob("probe*.json"):
             content = _json(path)
-            if "designed_sgd" in content:
+            if "designed_sgd" in content and re.fullmatch(r"probe(_step_\d+)?", path.stem):
                 found.setdefault(arm, {})[int(content.get("step", _steps(folders[0])))] = content
     if not found:
         return []

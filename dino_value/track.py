@@ -7,12 +7,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import rich.progress
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -188,6 +189,27 @@ class Reporter:
     def _print(self, text: str, style: str | None = None) -> None:
         # Unwrapped: in a log every line stands for itself.
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+Step = TypeVar("Step")
+QUIET_SECONDS = 30.0  # between two plain lines
+
+
+def follow(steps: Iterable[Step], title: str, total: int, quiet: bool = False) -> Iterator[Step]:
+    """The same steps, followed on stderr: a bar on a terminal, elsewhere a plain line now and then; each with the time
+    left."""
+    console = Console(stderr=True)
+    if quiet or console.is_terminal:
+        yield from rich.progress.track(steps, title, total=total, disable=quiet, transient=True, console=console)
+        return
+    began = said = time.monotonic()
+    for number, step in enumerate(steps):
+        now = time.monotonic()
+        if now - said >= QUIET_SECONDS:
+            left = duration((now - began) / number * (total - number))
+            console.print(f"{title} {number}/{total}  {left} left", markup=False, highlight=False, soft_wrap=True)
+            said = now
+        yield step
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_one_run(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     row = {"pearson": 0.5, "interval": [0.25, 0.75], "predicted": [0.0, 1.0], "realised": [0.0, 1.0]}
     for step in (2, 4):
         found = {"step": step, "designed_sgd": row, "designed_optimizer": row}
-        write_json(run / "results" / f"probe_{step}.json", found)
+        write_json(run / "results" / f"probe_step_{step}.json", found)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     page = (run / "report.html").read_text()
