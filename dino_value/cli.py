@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("spec", metavar="SPEC", help="a YAML file, or a packaged one such as compare/scenes")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="of the specification: out=DIR seeds=5 …")
     compare.add_argument("--jobs", type=int, default=1, help="runs at a time (default: %(default)s)")
+    compare.add_argument("--quiet", action="store_true", help="no progress")
     compare.set_defaults(command=_compare)
 
     report = commands.add_parser("report", help="one HTML page about runs: curves, masks, features, evaluations")
@@ -113,7 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--trials", type=int, default=32, help="one-step updates tried (default: %(default)s)")
     probe.add_argument("--held", type=int, default=64, help="labelled images a task, to measure on (%(default)s)")
     probe.add_argument("--seed", type=int, default=0, help="of the unlabeled batches (default: %(default)s)")
-    probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe.json)")
+    probe.add_argument("--checkpoint", type=Path, metavar="FILE", help="of RUN/checkpoints (default: the newest)")
+    probe.add_argument("--blocks", type=int, metavar="K", help="S is the last K blocks (default: the run's scope)")
+    probe.add_argument("--batch", type=int, metavar="B", help="unlabeled images of a step (default: the run's)")
+    probe.add_argument("--scale", type=float, default=1.0, help="length of the steps against the optimizer's (1)")
+    probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe….json)")
     probe.set_defaults(command=_probe)
 
     replay = commands.add_parser("replay", help="compute again a step whose loss or gradient was not finite")
@@ -172,7 +177,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs}: at least one")
     spec = load_spec(arguments.spec, arguments.overrides)
-    results = compare(spec, arguments.jobs)
+    results = compare(spec, arguments.jobs, arguments.quiet)
     command = " ".join(["dino-value", "compare", arguments.spec, *arguments.overrides])
     summary = (
         f"{len(spec.arms)} arms of {spec.config}, continued from one start on one stream with {spec.seeds} paired "
@@ -194,10 +199,20 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _probe(arguments: argparse.Namespace) -> int:
     from dino_value.files import write_json
-    from dino_value.probe import print_result, probe_run
+    from dino_value.probe import Probed, print_result, probe_run
 
-    path = arguments.out or arguments.run / "results" / "probe.json"
-    found = probe_run(arguments.run, arguments.trials, arguments.held, arguments.seed)
+    for name in ("blocks", "batch"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1 + (name == "batch"):
+            raise UserError(f"--{name} {value}: must be {1 + (name == 'batch')} or more")
+    if arguments.checkpoint is not None and not arguments.checkpoint.is_file():
+        raise UserError(f"--checkpoint {arguments.checkpoint}: no such file")
+    what = Probed(arguments.checkpoint, arguments.blocks, arguments.batch, arguments.scale)
+    found = probe_run(arguments.run, arguments.trials, arguments.held, arguments.seed, what)
+    other = {"step": arguments.checkpoint and found["step"], "blocks": what.blocks, "batch": what.batch}
+    parts = [f"_{name}_{value}" for name, value in other.items() if value is not None]
+    parts += [f"_scale_{what.scale:g}"] if what.scale != 1 else []
+    path = arguments.out or arguments.run / "results" / f"probe{''.join(parts)}.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, found)

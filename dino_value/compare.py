@@ -32,9 +32,9 @@ from dino_value.errors import UserError
 from dino_value.eval import EVALUATIONS
 from dino_value.files import write_json
 from dino_value.process import choose_device
-from dino_value.report.statistics import Comparison, compare_all
+from dino_value.report.statistics import Comparison, compare_all, metric_of
 from dino_value.report.terminal import results_table
-from dino_value.track import environment, read_metrics
+from dino_value.track import duration, environment, read_metrics
 from dino_value.train import train
 
 HEADLINES = {"seg": "miou", "depth": "rmse", "linear": "top1", "knn": "knn_top1"}
@@ -136,13 +136,14 @@ def claims_of(spec: Spec) -> list[tuple[str, ...]]:
     return [(arm, against) for arm in ours for against in (*rest, STEP0)]
 
 
-def compare(spec: Spec, jobs: int = 1) -> dict[str, Any]:
+def compare(spec: Spec, jobs: int = 1, quiet: bool = False) -> dict[str, Any]:
     """Train, evaluate and judge; what results.json holds.
 
     A comparison that was stopped goes on when the same is asked for again: finished runs and evaluations are kept.
 
     Args:
         jobs: runs at a time; above one, in processes of their own.
+        quiet: no progress.
 
     Raises:
         UserError: the folder is in use for something else; a run's own error.
@@ -152,7 +153,7 @@ def compare(spec: Spec, jobs: int = 1) -> dict[str, Any]:
     prepare(out)
     start = {STEP0: _columns([_start_row(spec, seed) for seed in range(spec.seeds)])}
     configs = {(arm, seed): config_of(spec, arm, seed) for arm in spec.arms for seed in range(spec.seeds)}
-    results: dict[str, Any] = {"seeds": list(range(spec.seeds)), "arms": start | run_arms(spec, configs, jobs)}
+    results: dict[str, Any] = {"seeds": list(range(spec.seeds)), "arms": start | run_arms(spec, configs, jobs, quiet)}
     results["seconds_per_step"] = cost = {arm: step_seconds(spec, configs, arm) for arm in spec.arms}
     results["steps"] = {arm: configs[arm, 0].steps for arm in spec.arms}
     results["claims"] = _claims(spec, results)
@@ -162,7 +163,7 @@ def compare(spec: Spec, jobs: int = 1) -> dict[str, Any]:
             if steps != config.steps:
                 folder = Path(config.out)
                 configs[arm, seed] = replace(config, steps=steps, out=str(folder.with_name(f"{folder.name}_{steps}")))
-        timed: dict[str, Any] = {"seeds": results["seeds"], "arms": start | run_arms(spec, configs, jobs)}
+        timed: dict[str, Any] = {"seeds": results["seeds"], "arms": start | run_arms(spec, configs, jobs, quiet)}
         timed["steps"] = {arm: configs[arm, 0].steps for arm in spec.arms}
         timed["claims"] = _claims(spec, timed)
         results["equal_time"] = timed
@@ -197,16 +198,25 @@ def config_of(spec: Spec, arm: str, seed: int) -> Config:
     return load_config(spec.config, [*spec.overrides, *changes, f"seed={seed}", f"out={runs / f'{arm}_{seed}'}"])
 
 
-def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int) -> Table:
+def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int, quiet: bool = False) -> Table:
     """Every run trained and evaluated; arms that name no other arm go first."""
-    console, rows = Console(stderr=True), dict[tuple[str, int], dict[str, float]]()
+    console, rows = Console(stderr=True, quiet=quiet), dict[tuple[str, int], dict[str, float]]()
+    began = time.monotonic()
+
+    def done(arm: str, seed: int) -> None:
+        """A line a run: its numbers, and the time that the others will take."""
+        found = ", ".join(f"{metric_of(name).label} {value:.4f}" for name, value in rows[arm, seed].items())
+        left = (time.monotonic() - began) / len(rows) * (len(configs) - len(rows))
+        console.print(f"[bold]{arm}[/bold], seed {seed}: {found}  ({len(rows)}/{len(configs)}, {duration(left)} left)")
+
     for wave in (False, True):
         work = [key for key in configs if bool(_named(spec.arms[key[0]])) == wave]
         if jobs == 1:
             for arm, seed in work:
                 config = configs[arm, seed]
                 console.print(f"[bold]{arm}[/bold], seed {seed}: {config.steps} steps")
-                rows[arm, seed] = run_one(config, spec.evaluate)
+                rows[arm, seed] = run_one(config, spec.evaluate, quiet)
+                done(arm, seed)
             continue
         # Processes that start anew: torch's threads and CUDA do not survive a fork.
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _limit_threads, (jobs,)) as pool:
@@ -214,7 +224,7 @@ def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int) -
             try:
                 for (arm, seed), future in futures.items():
                     rows[arm, seed] = future.result()
-                    console.print(f"[bold]{arm}[/bold], seed {seed}: done")
+                    done(arm, seed)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -272,6 +272,20 @@ class DistributedConfig:
 
 
 @dataclass
+class TrackConfig:
+    """Where a run's numbers go besides metrics.jsonl (docs/tracking.md); nothing leaves the machine unless `online`."""
+
+    to: list[str] = field(default_factory=list)  # tensorboard, wandb
+    project: str = "dino-value"  # of W&B
+    online: bool = False  # W&B: send at once; else RUN/wandb is for `wandb sync`
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            if name not in ("tensorboard", "wandb"):
+                raise UserError(f"track.to={name}: choose tensorboard, wandb, or both as [tensorboard,wandb]")
+
+
+@dataclass
 class Config:
     out: str = MISSING
     # or baseline; random: φ follows a random direction; adversarial: φ raises the loss (ADIOS, arXiv 2201.13100);
@@ -295,6 +309,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     @property
     def designs(self) -> bool:

@@ -2,51 +2,82 @@
 
 From a run's last checkpoint many steps are tried, each on an unlabeled batch of its own and none of them kept. V is
 measured with g_down of the meta images, the decrease on held-out ones; a step is taken by SGD and by the run's own
-optimizer.
+optimizer. Beside it: what fewer labelled images behind g_down, and other scores than V, would have foretold.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.func import functional_call
 
 from dino_value.backbones import Backbone, Hidden
 from dino_value.checkpoint import load_checkpoint
-from dino_value.config import load_config
+from dino_value.config import ScopeConfig, load_config
 from dino_value.data import open_views
-from dino_value.data.sampling import Stream
+from dino_value.data.sampling import Stream, generator
 from dino_value.errors import UserError
 from dino_value.feedback import FeedbackTask, batch_gradient
 from dino_value.objectives.interface import State
-from dino_value.steer import Steer
+from dino_value.steer import Steer, open_scope
 from dino_value.steps import make_views
+from dino_value.track import follow
 from dino_value.train import Run
 from dino_value.value import (
     Gradient,
     ProbeResult,
+    Trial,
     bootstrap_interval,
     combine,
+    inner,
     mean_gradient,
     norm,
     optimizer_update,
     pearson,
     pre_gradient,
     probe,
+    random_like,
     sgd_update,
     slope,
 )
 
+SAMPLES, LEAST = 4, 8  # samples of fewer labelled images, and the images of one
 
-def probe_run(folder: Path, trials: int = 32, held: int = 64, seed: int = 0) -> dict[str, Any]:
-    """Probe a run's last checkpoint; the run itself is left as it is.
+
+@dataclass(frozen=True)
+class Probed:
+    """What is probed of a run; by default what it trained with.
+
+    Args:
+        checkpoint: which, of `RUN/checkpoints`; the newest.
+        blocks: S is so many last blocks.
+        batch: unlabeled images of a step.
+        scale: the steps' length against those of the run's optimizer.
+    """
+
+    checkpoint: Path | None = None
+    blocks: int | None = None
+    batch: int | None = None
+    scale: float = 1.0
+
+
+def probe_run(
+    folder: Path,
+    trials: int = 32,
+    held: int = 64,
+    seed: int = 0,
+    what: Probed = Probed(),
+) -> dict[str, Any]:
+    """Probe a run; the run itself is left as it is.
 
     Args:
         trials: one-step updates, each on an unlabeled batch of its own.
@@ -55,14 +86,18 @@ def probe_run(folder: Path, trials: int = 32, held: int = 64, seed: int = 0) -> 
         seed: of the unlabeled batches.
 
     Returns:
-        For each task (designed, plain) and each update (sgd, optimizer): Pearson's r, its 95 % bootstrap interval, the
-        slope, and the trials' columns.
+        `step`, the checkpoint's, and `settings`; for each task (designed, plain) and each update (sgd, optimizer):
+        Pearson's r, its 95 % bootstrap interval, the slope, the trials' columns; `by_images`, r with fewer labelled
+        images behind g_down, one a sample; `by_score`, r of other scores of a step than the predicted decrease:
+        V before clipping (`dot`), its `cosine`, V of a `random` direction.
 
     Raises:
         UserError: not a run with feedback, no labelled images left over, too few trials.
     """
     if trials < 3:
         raise UserError(f"--trials {trials}: a correlation needs 3 or more")
+    if not 0 < what.scale < math.inf:
+        raise UserError(f"--scale {what.scale:g}: it multiplies the steps, give a number above 0")
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"{folder}: not a run folder (no config.yaml)")
@@ -72,40 +107,63 @@ def probe_run(folder: Path, trials: int = 32, held: int = 64, seed: int = 0) -> 
     for task in (config.feedback.seg, config.feedback.depth):
         task.held = max(task.held, held)
     run = Run(config)
-    run.load_state_dict(load_checkpoint(folder))
+    run.load_state_dict(load_checkpoint(what.checkpoint or folder))
     assert run.steer is not None
     if run.steer.updates == 0:
         raise UserError(f"{folder}: stopped before the first designer update (value.burn_in); nothing to probe")
     if next(iter(run.optimizer.state.values()), None) is None:
         raise UserError(f"{folder}: stopped before its first step; nothing to probe")
-    return _Probe(run, run.steer, seed).trials(trials)
+    if what.blocks is not None:
+        config.value.scope = ScopeConfig(blocks=what.blocks)
+        backbone = run.student.backbone
+        run.steer.scope = open_scope(config, backbone, backbone.final_norm)
+    settings = {
+        "blocks": None if config.value.scope.patterns else config.value.scope.blocks,
+        "batch": what.batch or config.optim.batch_size,
+        "scale": what.scale,
+        "trials": trials,
+        "held": {task.kind: len(task.held_indices) for task in run.steer.feedback},
+    }
+    return {"step": run.step, "settings": settings} | _Probe(run, run.steer, seed, what).trials(trials)
 
 
 class _Probe:
     """One θ, its g_down and held-out feedback, and any number of trial steps."""
 
-    def __init__(self, run: Run, steer: Steer, seed: int) -> None:
-        self.run, self.steer, config = run, steer, run.config
+    def __init__(self, run: Run, steer: Steer, seed: int, what: Probed) -> None:
+        self.run, self.steer, self.scale, config = run, steer, what.scale, run.config
         run.student.eval()
         backbone = run.student.backbone
         named = dict(backbone.named_parameters())
         self.live = [named[name] for name in steer.scope.names]
         self.parameters = steer.scope.parameters(backbone)
         targets = [task for task in steer.feedback if not task.guard]
-        weights = [task.weight for task in targets]
-        self.g_down = combine([_pool_gradient(run, steer, task) for task in targets], weights)
+        self.g_down = self._g_down(targets, 0, None)
+        pool = min(task.meta_stream.per_epoch * task.meta_stream.batch_size for task in targets)
+        self.fewer = {
+            count: [self._g_down(targets, first, count) for first in range(0, min(pool, SAMPLES * count), count)]
+            for count in _sizes(config.feedback.batch_size, pool)
+        }
+        self.random = random_like(self.g_down, generator(seed, "probe direction"))
         self.held = [_Held(run, steer, task) for task in targets]
         views = open_views(config.data.unlabeled, config.views, config.data.in_memory, config.data.skip_unreadable)
         images = {task.source.name(i) for task in steer.feedback for i in task.meta_indices + task.held_indices}
-        self.stream = Stream(views.without(images), config.optim.batch_size, seed, "probe")
+        size = what.batch or config.optim.batch_size
+        self.stream = Stream(views.without(images), size, seed, "probe")
+
+    def _g_down(self, targets: Sequence[FeedbackTask], first: int, count: int | None) -> Gradient:
+        """Of `count` meta images of each task from `first` on, or of all."""
+        gradients = [_meta_gradient(self.run, self.steer, task, first, count) for task in targets]
+        return combine(gradients, [task.weight for task in targets])
 
     def downstream(self, parameters: dict[str, Tensor]) -> Tensor:
         """Σ α_j L_j on the held-out images, float64."""
         return torch.stack([held.weight * held.loss(parameters) for held in self.held]).sum()
 
     @torch.no_grad()
-    def g_pre(self, number: int, designed: bool) -> Gradient:
-        """The gradient of the learner's own task on batch `number`, scaled as the learner's clipping would."""
+    def g_pre(self, number: int, designed: bool) -> tuple[Gradient, Tensor]:
+        """The gradient of the learner's own task on batch `number`, scaled as the learner's clipping would; and the
+        norm that it had."""
         run, steer = self.run, self.steer
         views = make_views(
             run.student.backbone, self.stream.batch(number), run.config.views, run.device, 0, "probe", number
@@ -115,24 +173,30 @@ class _Probe:
             hidden = task.trunk()
             with torch.enable_grad():
                 gradient = pre_gradient(task, hidden, self.parameters)
-        return list(torch._foreach_mul(gradient, (run.config.optim.clip / norm(gradient)).clamp_max(1)))
+        length = norm(gradient)
+        return list(torch._foreach_mul(gradient, (run.config.optim.clip / length).clamp_max(1))), length
 
     def trials(self, count: int) -> dict[str, Any]:
-        before = self.downstream(_double(self.parameters))
-        found: dict[tuple[str, str], list[Any]] = {}
-        for number in track(range(count), "probing", console=Console(stderr=True)):
+        before, base = self.downstream(_double(self.parameters)), _double(self.parameters)
+        down = _doubled(self.g_down)
+        found: dict[tuple[str, str], list[tuple[Trial, dict[str, Any]]]] = {}
+        for number in follow(range(count), "probing", count):
             for task in ("designed", "plain"):
-                g_pre = self.g_pre(number, task == "designed")
+                g_pre, length = self.g_pre(number, task == "designed")
                 step = optimizer_update(self.run.optimizer, self.live, g_pre)
                 updates = {"sgd": sgd_update(g_pre, float(norm(step) / norm(g_pre))), "optimizer": step}
+                scores = self._scores(g_pre, length)
                 for name, update in updates.items():
-                    columns = (
-                        _double(dict(zip(self.parameters, part, strict=True))) for part in (self.g_down, g_pre, update)
-                    )
-                    down, pre, delta = (list(column.values()) for column in columns)
-                    trial = probe(self.downstream, _double(self.parameters), down, pre, delta, before)
-                    found.setdefault((task, name), []).append(trial)
-        return {f"{task}_{name}": _summary(ProbeResult.of(rows)) for (task, name), rows in found.items()}
+                    delta = _doubled(torch._foreach_mul(update, self.scale))
+                    trial = probe(self.downstream, base, down, _doubled(g_pre), delta, before)
+                    fewer = {n: [-inner(g, update) for g in samples] for n, samples in self.fewer.items()}
+                    found.setdefault((task, name), []).append((trial, scores | fewer))
+        return {f"{task}_{name}": _summary(rows) for (task, name), rows in found.items()}
+
+    def _scores(self, g_pre: Gradient, length: Tensor) -> dict[str, Any]:
+        """What else a designer could climb than the predicted decrease."""
+        cosine = inner(self.g_down, g_pre) / (norm(self.g_down) * norm(g_pre))
+        return {"dot": cosine * norm(self.g_down) * length, "cosine": cosine, "random": inner(self.random, g_pre)}
 
 
 class _Held:
@@ -167,26 +231,55 @@ class _Held:
         return torch.stack(losses).mean()
 
 
-def _pool_gradient(run: Run, steer: Steer, task: FeedbackTask) -> Gradient:
-    backbone = run.student.backbone
-    batches = range(task.meta_stream.per_epoch)
-    return mean_gradient(
-        batch_gradient(task, task.meta_stream.batch(number), backbone, steer.scope, run.device)[0] for number in batches
-    )
+def _sizes(batch: int, pool: int) -> list[int]:
+    """LEAST labelled images and more: divisors or multiples of a batch, and less than the pool."""
+    sizes = [
+        batch >> shift for shift in range(batch.bit_length()) if batch % (1 << shift) == 0 and batch >> shift >= LEAST
+    ]
+    sizes += [batch << shift for shift in range(1, 16)]
+    return sorted(size for size in sizes if size < pool)
+
+
+def _meta_gradient(run: Run, steer: Steer, task: FeedbackTask, first: int, count: int | None) -> Gradient:
+    """The mean over meta images `first` to `first + count`, or over the whole pool."""
+    stream, size = task.meta_stream, task.meta_stream.batch_size
+    last = stream.per_epoch * size if count is None else first + count
+
+    def part(number: int) -> Gradient:
+        images, labels = stream.batch(number)
+        cut = slice(max(0, first - number * size), min(size, last - number * size))
+        return batch_gradient(task, (images[cut], labels[cut]), run.student.backbone, steer.scope, run.device)[0]
+
+    return mean_gradient(part(number) for number in range(first // size, -(-last // size)))
 
 
 def _double(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in parameters.items()}
 
 
-def _summary(result: ProbeResult) -> dict[str, Any]:
+def _doubled(gradient: Sequence[Tensor]) -> Gradient:
+    return [part.double() for part in gradient]
+
+
+def _summary(rows: Sequence[tuple[Trial, dict[str, Any]]]) -> dict[str, Any]:
+    trials, others = zip(*rows, strict=True)
+    result = ProbeResult.of(trials)
     low, high = bootstrap_interval(result.predicted, result.realised)
+
+    def r(scores: Sequence[Tensor]) -> float:
+        return pearson(torch.stack(list(scores)), result.realised)
+
+    counts = [name for name in others[0] if isinstance(name, int)]
+    samples = {n: [r(column) for column in zip(*(row[n] for row in others), strict=True)] for n in counts}
+    names = [name for name in others[0] if isinstance(name, str)]
     return {
         "pearson": pearson(result.predicted, result.realised),
         "interval": [low, high],
         "slope": slope(result.predicted, result.realised),
         "mean_predicted": float(result.predicted.mean()),
         "mean_realised": float(result.realised.mean()),
+        "by_images": {str(n): values for n, values in samples.items()},
+        "by_score": {name: r([row[name] for row in others]) for name in names},
         **{name: column.tolist() for name, column in result._asdict().items()},
     }
 
@@ -197,6 +290,8 @@ def print_result(found: dict[str, Any]) -> None:
     for heading in ("task, update", "Pearson r", "95 % interval", "slope", "mean predicted", "mean realised"):
         table.add_column(heading, justify="right" if heading != "task, update" else "left")
     for name, row in found.items():
+        if name in ("step", "settings"):
+            continue
         table.add_row(
             name.replace("_", ", "),
             f"{row['pearson']:.3f}",

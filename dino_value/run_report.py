@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from yaml import YAMLError
 
 from dino_value.backbones import WEIGHTS_NAME, load_backbone
-from dino_value.checkpoint import latest_checkpoint
 from dino_value.config import Config, load_config
-from dino_value.data.labelled import LabelledDataset, open_labelled
 from dino_value.errors import UserError
-from dino_value.gallery import masked, patch_map
-from dino_value.report.figures import (
-    Figure,
-    Panel,
-    curves_figure,
-    masks_figure,
-    pca_figure,
-    probe_figure,
-    results_figure,
-)
-from dino_value.report.page import Report, write_report
+from dino_value.gallery import SHOWN, held_out_images, masked, patch_map
+from dino_value.language.config import LanguageConfig, load_language_config
+from dino_value.pareto import DEFAULT, Axis, draw, find_points, pareto
+from dino_value.report.drawing import Figure, Panel
+from dino_value.report.figures import curves_figure, masks_figure, pca_figure, probe_figure, results_figure
+from dino_value.report.history import efficiency_figure, mask_history_figure, probe_history_figure, spent
+from dino_value.report.page import Report, Table, write_report
 from dino_value.track import read_metrics
+
+Settings = Config | LanguageConfig
 
 CURVES = (
     "loss",
+    "held_loss",
     "value",
     "cosine",
     "mask_mean",
+    "alpha",
     "held_cosine_designed",
     "loss_seg",
     "loss_depth",
@@ -40,54 +42,70 @@ CURVES = (
     "knn_top1",
     "teacher_entropy",
     "images_per_second",
+    "tokens_per_second",
 )
 HEADLINES = {"seg": ("miou",), "depth": ("rmse", "absrel", "delta1"), "linear": ("top1",), "knn": ("top1",)}
-SHOWN = 6  # images, and pictures of an evaluation
+LANGUAGE_HEADLINES = ("answer_loss", "pass@1_exact", "pass@1_verified", "accuracy")
+EFFICIENCY = ("held_loss", "knn_top1", "rankme")  # measured alike in every arm, while it runs
+MOMENTS = 4  # checkpoints whose masks are shown
+FRONT = 6  # runs of a sweep's frontier that are shown
 
 
-def report_runs(runs: Sequence[Path], path: Path) -> Path:
+def report_runs(places: Sequence[Path], path: Path) -> Path:
     """Write the page and its pictures.
 
     Args:
-        runs: run folders. Runs that differ in nothing but method and seed are shown as arms with paired seeds.
+        places: run folders of vision or of language, and folders of sweeps. Runs that differ in nothing but method and
+            seed are shown as arms with paired seeds; a sweep adds its Pareto front and, where it is all that is given,
+            the runs on it.
 
     Raises:
         UserError: not a run folder; a data set of the run that has moved.
     """
+    sweeps = [place for place in places if (place / "trials").is_dir()]
+    front = pareto_figure([*places], required=bool(sweeps))
+    runs = [place for place in places if place not in sweeps] or frontier_runs(sweeps)
     configs = {run: _config(run) for run in runs}
     arms = arms_of_runs(configs)
     first = configs[runs[0]]
     results = evaluated(arms)
     figures = [results_figure(results)] if results is not None else []
+    figures += [front] if front else []
     figures.append(curves_figure(arms, CURVES))
-    images = held_out_images(first)
+    figures += [figure for figure in (efficiency(arms, configs),) if figure is not None]
+    figures += _probes(arms)
+    images = held_out_images(first) if isinstance(first, Config) else None
     if images is not None:
         figures += _galleries(arms, images)
-    probes = {arm: found for arm, folders in arms.items() if (found := _json(folders[0] / "results" / "probe.json"))}
-    figures += [probe_figure(probes)] if probes else []
     figures += [figure for arm, folders in arms.items() if (figure := pictures_figure(arm, folders[0])) is not None]
-    about = _json(runs[0] / "environment.json") or {}
+    about = _json(runs[0] / "environment.json")
     page = Report(
         title=f"Run {runs[0].resolve().name}" if len(runs) == 1 else f"{len(runs)} runs",
         summary=_summary(configs),
         results=results,
+        tables=[cost] if (cost := cost_table(arms)) else [],
         figures=figures,
         notes=_notes(arms),
         settings=_settings(first),
-        commands=[command for run in runs if (command := _command(run))],
-        environment={name: value for name, value in about.items() if name not in ("command", "seed", "resumed")},
+        commands=[command for run in runs for command in _commands(run)],
+        environment=_environment(about),
         seconds=sum(_seconds(run) for run in runs),
     )
     return write_report(path, page)
 
 
-def _config(run: Path) -> Config:
-    if not (run / "config.yaml").is_file():
+def _config(run: Path) -> Settings:
+    path = run / "config.yaml"
+    if not path.is_file():
         raise UserError(f"{run}: not a run folder (it has no config.yaml); give folders made by `dino-value train`")
-    return load_config(run / "config.yaml")
+    try:
+        language = "learner" in OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
+        raise UserError(f"{path}: not a run's configuration") from None
+    return load_language_config(path) if language else load_config(path)
 
 
-def arms_of_runs(configs: Mapping[Path, Config]) -> dict[str, list[Path]]:
+def arms_of_runs(configs: Mapping[Path, Settings]) -> dict[str, list[Path]]:
     """Runs by method, in the order of their seeds, if every method has the same seeds; else each run by its name."""
     by_method: dict[str, dict[int, Path]] = {}
     for run, config in configs.items():
@@ -113,43 +131,124 @@ def evaluated(arms: Mapping[str, Sequence[Path]]) -> dict[str, Any] | None:
 
 def _metrics(run: Path) -> dict[str, float]:
     found: dict[str, float] = {}
-    for path in sorted((run / "results").rglob("results.json")):
-        content = _json(path) or {}
+    for path in sorted((run / "results").rglob("*.json")):
+        content = _json(path)
         name = content.get("evaluation", "")
         for metric in HEADLINES.get(name, ()):
             if isinstance(content.get(metric), float):
                 found[f"knn_{metric}" if name == "knn" else metric] = content[metric]
+        rows = content.get("metrics", {}) if "asked" in content else {}
+        for metric in LANGUAGE_HEADLINES:
+            if metric in rows and metric not in found:
+                found[metric] = float(rows[metric]["mean"])
     return found
 
 
-def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
-    """Images uint8 [n 3 H W] of the run's labelled validation split; None where it names none."""
-    for layout, root in (("ade20k", config.data.ade20k), ("nyuv2", config.data.nyuv2)):
-        if root is None:
-            continue
-        source = open_labelled(layout, root, "validation")  # type: ignore[arg-type]
-        size = (config.views.global_size, config.views.global_size)
-        shown = range(0, len(source), max(1, len(source) // count))[:count]
-        images, _ = LabelledDataset(source, shown, size=size).batch(range(len(shown)))
-        return images
-    return None
-
-
 def _galleries(arms: Mapping[str, Sequence[Path]], images: Tensor) -> list[Figure]:
-    figures, masks, views = [], dict[str, Tensor](), dict[str, Tensor]()
     finished = {arm: folders[0] for arm, folders in arms.items() if (folders[0] / WEIGHTS_NAME).is_file()}
+    figures, last, history = [], dict[str, tuple[Tensor, Tensor]](), dict[str, dict[int, Tensor]]()
     for arm, run in finished.items():
-        for checkpoint in sorted((run / "checkpoints").glob("step_*.pt")):
-            found = masked(run, images, checkpoint)
-            if found is not None:
-                name = arm if checkpoint == latest_checkpoint(run / "checkpoints") else f"{arm}, {checkpoint.stem}"
-                masks[name], views[name] = found
-    if masks:
+        moments = {step: found for step, path in _moments(run).items() if (found := masked(run, images, path))}
+        if moments:
+            last[arm] = moments[max(moments)]
+        if len(moments) > 1:
+            history[arm] = {step: masks for step, (masks, _) in moments.items()}
+    if last:
+        masks, views = ({arm: found[part] for arm, found in last.items()} for part in (0, 1))
         figures.append(masks_figure(images, masks, views))
+    if history:
+        few = 4  # rows: the pictures of one moment are small enough already
+        shown = {arm: {step: masks[:few] for step, masks in moments.items()} for arm, moments in history.items()}
+        figures.append(mask_history_figure(images[:few], shown))
     if finished:
         features = {arm: patch_map(load_backbone(run), images) for arm, run in finished.items()}
         figures.append(pca_figure(images, features))
     return figures
+
+
+def _moments(run: Path) -> dict[int, Path]:
+    """Some of a run's checkpoints by step, evenly spread, the first and the last among them."""
+    found = {int(path.stem.removeprefix("step_")): path for path in (run / "checkpoints").glob("step_*.pt")}
+    steps = sorted(found)
+    if len(steps) > MOMENTS:
+        steps = [steps[round(i * (len(steps) - 1) / (MOMENTS - 1))] for i in range(MOMENTS)]
+    return {step: found[step] for step in steps}
+
+
+def _probes(arms: Mapping[str, Sequence[Path]]) -> list[Figure]:
+    """What `dino-value probe` left in the first run of each arm: the last state, and r across training."""
+    found: dict[str, dict[int, Any]] = {}
+    for arm, folders in arms.items():
+        for path in (folders[0] / "results").glob("probe*.json"):
+            content = _json(path)
+            if "designed_sgd" in content and re.fullmatch(r"probe(_step_\d+)?", path.stem):
+                found.setdefault(arm, {})[int(content.get("step", _steps(folders[0])))] = content
+    if not found:
+        return []
+    figures = [probe_figure({arm: rows[max(rows)] for arm, rows in found.items()})]
+    history = {arm: rows for arm, rows in found.items() if len(rows) > 1}
+    return [*figures, probe_history_figure(history)] if history else figures
+
+
+def efficiency(arms: Mapping[str, Sequence[Path]], configs: Mapping[Path, Settings]) -> Figure | None:
+    """Of the first metric that every arm has measured more than once while it ran; None without one."""
+    what = "tokens" if any(isinstance(config, LanguageConfig) for config in configs.values()) else "images"
+    for key in EFFICIENCY:
+        found = {}
+        for arm, (run, *_) in arms.items():
+            config = configs[run]
+            images = config.optim.batch_size if isinstance(config, Config) else None
+            found[arm] = spent(read_metrics(run), key, images)
+        if all(len(row.values) > 1 for row in found.values()):
+            return efficiency_figure(key, found, what)
+    return None
+
+
+def cost_table(arms: Mapping[str, Sequence[Path]]) -> Table | None:
+    """What a learner step costs, designer updates included; None before anything was logged."""
+    costs = {arm: _seconds(folders[0]) / steps for arm, folders in arms.items() if (steps := _steps(folders[0]))}
+    costs = {arm: cost for arm, cost in costs.items() if cost}
+    if not costs:
+        return None
+    against = "baseline" if "baseline" in costs else min(costs, key=lambda arm: costs[arm])
+    rows = {}
+    for arm, cost in costs.items():
+        run, paces = arms[arm][0], ("images_per_second", "tokens_per_second")
+        amount = sum(row.get(pace, 0.0) * row.get("seconds", 0.0) for row in read_metrics(run) for pace in paces)
+        rows[arm] = (str(_steps(run)), f"{cost:.3f}", f"{cost / costs[against]:.2f}×", f"{amount / _seconds(run):.4g}")
+    unit = "tokens" if any("tokens" in row for row in read_metrics(arms[next(iter(rows))][0])) else "images"
+    note = "Wall-clock of the loop with its designer updates, first seed of each arm."
+    return Table("What it cost", ["steps", "seconds a step", f"against {against}", f"{unit} a second"], rows, note)
+
+
+def pareto_figure(places: Sequence[Path], required: bool) -> Figure | None:
+    """Runs and sweeps in the plane of mIoU and 1 − RMSE; None below three points, unless `required` by a sweep.
+
+    Raises:
+        UserError: a sweep without a trial that has both metrics.
+    """
+    axes = (Axis(DEFAULT[0]), Axis(DEFAULT[1]))
+    try:
+        found = pareto(find_points(places), axes)
+    except UserError:
+        if required:
+            raise
+        return None
+    if len(found.points) < 3 and not required:
+        return None
+    best = "; ".join(f"{point.name} {', '.join(f'{v:.4f}' for v in found.value(point))}" for point in found.front)
+    alt = f"{len(found.points)} runs in the plane of {axes[0].label} and {axes[1].label}. On the front: {best}."
+    caption = "No other run is at least as good in both metrics and better in one than a run on the line."
+    return Figure("pareto", "Pareto front", caption, [Panel("pareto", draw(found), alt)])
+
+
+def frontier_runs(sweeps: Sequence[Path]) -> list[Path]:
+    """Folders of the trials on the sweeps' fronts, at most FRONT."""
+    runs = []
+    for sweep in sweeps:
+        front = pareto(find_points([sweep]), (Axis(DEFAULT[0]), Axis(DEFAULT[1]))).front
+        runs += [sweep / point.name for point in front if (sweep / point.name / "config.yaml").is_file()]
+    return runs[:FRONT]
 
 
 def pictures_figure(arm: str, run: Path) -> Figure | None:
@@ -163,49 +262,52 @@ def pictures_figure(arm: str, run: Path) -> Figure | None:
     return Figure(f"predictions_{arm}", f"Predictions: {arm}", caption, panels) if panels else None
 
 
-def _summary(configs: Mapping[Path, Config]) -> str:
+def _summary(configs: Mapping[Path, Settings]) -> str:
     first = next(iter(configs.values()))
-    methods = sorted({config.method for config in configs.values()})
-    steps = sorted({config.steps for config in configs.values()})
+    methods = ", ".join(sorted({config.method for config in configs.values()}))
+    steps = " and ".join(map(str, sorted({config.steps for config in configs.values()})))
+    if isinstance(first, LanguageConfig):
+        o, model = first.optim, "random weights of " * first.learner.random_weights + first.learner.model
+        return (
+            f"{model}, {steps} steps of next-token prediction with batches of {o.batch_size * o.accumulation} rows of "
+            f"{first.data.length} tokens from {', '.join(first.data.stream.values())}; methods: {methods}."
+        )
     return (
-        f"{first.backbone.name}, {' and '.join(map(str, steps))} steps of {first.objective.name} with batches of "
-        f"{first.optim.batch_size}; methods: {', '.join(methods)}; started from "
-        f"{first.start_from or first.backbone.weights or 'random weights'}."
+        f"{first.backbone.name}, {steps} steps of {first.objective.name} with batches of {first.optim.batch_size}; "
+        f"methods: {methods}; started from {first.start_from or first.backbone.weights or 'random weights'}."
     )
 
 
-def _settings(config: Config) -> dict[str, object]:
+def _settings(config: Settings) -> dict[str, object]:
     shown: dict[str, object] = {
         "steps": config.steps,
         "batch": config.optim.batch_size,
         "learning rate": config.optim.lr,
         "precision": config.precision,
     }
-    if config.designs:
-        v, d = config.value, config.designer
-        shown |= {
-            "designer": d.name,
-            "direction": v.direction,
-            "engine": v.engine,
-            "update every": v.period,
-            "scope": f"last {v.scope.blocks} blocks" if not v.scope.patterns else ", ".join(v.scope.patterns),
-            "keep ratio": d.keep_ratio,
-        }
-    return shown
+    v = config.value
+    steering: dict[str, object] = {
+        "direction": v.direction,
+        "engine": v.engine,
+        "update every": v.period,
+        "scope": f"last {v.scope.blocks} blocks" if not v.scope.patterns else ", ".join(v.scope.patterns),
+    }
+    if isinstance(config, LanguageConfig):
+        lora = config.learner.lora
+        shown |= {"accumulation": config.optim.accumulation, "LoRA rank": lora.rank or "all weights"}
+        targets = {"candidates": config.targets.candidates, "most mass off the truth": config.targets.alpha_max}
+        return shown if config.method == "baseline" else shown | targets | steering
+    designer = {"designer": config.designer.name, "keep ratio": config.designer.keep_ratio}
+    return shown | designer | steering if config.designs else shown
 
 
 def _notes(arms: Mapping[str, Sequence[Path]]) -> list[str]:
-    notes = []
-    costs = {arm: _seconds(folders[0]) / steps for arm, folders in arms.items() if (steps := _steps(folders[0]))}
-    if costs:
-        least = min(costs.values())
-        told = ", ".join(f"{arm} {cost:.3f} s ({cost / least:.2f}×)" for arm, cost in costs.items())
-        notes.append(f"Time of a learner step, designer updates included: {told}.")
-    for arm, folders in arms.items():
-        for row in read_metrics(folders[0]):
-            if "event" in row:
-                notes.append(f"{arm}, step {row['step']}: {row['message']}")
-    return notes
+    return [
+        f"{arm}, step {row['step']}: {row['message']}"
+        for arm, folders in arms.items()
+        for row in read_metrics(folders[0])
+        if "event" in row
+    ]
 
 
 def _steps(run: Path) -> int:
@@ -216,14 +318,34 @@ def _seconds(run: Path) -> float:
     return sum(row.get("seconds", 0.0) for row in read_metrics(run))
 
 
-def _command(run: Path) -> str | None:
-    command = (_json(run / "environment.json") or {}).get("command")
-    return shlex.join(["dino-value", *command[1:]]) if command else None
+def _commands(run: Path) -> list[str]:
+    """What made the run, and what evaluated it."""
+    files = [run / "environment.json", *sorted((run / "results").rglob("results.json"))]
+    found = [content if "command" in content else content.get("environment", {}) for content in map(_json, files)]
+    commands = [_command(about["command"]) for about in found if about.get("command")]
+    return list(dict.fromkeys(commands))
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _command(command: Sequence[str]) -> str:
+    """As one types it: the program without the path that it was started by."""
+    name = re.sub(r"\.py$", "", Path(command[0]).name)
+    return shlex.join([name if name.startswith("dino-value") else "dino-value", *command[1:]])
+
+
+def _environment(about: Mapping[str, Any]) -> dict[str, object]:
+    """Versions as a list; what else is worth a line."""
+    found = {name: value for name, value in about.items() if name not in ("command", "seed", "resumed", "packages")}
+    if starts := len(about.get("resumed", [])):
+        found["resumed"] = f"{starts} time{'s' * (starts > 1)}"
+    return {name.replace("_", " "): value for name, value in found.items() if value is not None} | about.get(
+        "packages", {}
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing where it is absent or damaged."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (OSError, ValueError):
-        return None
-    return found
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -7,18 +7,20 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import rich.progress
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from dino_value.files import write_text
+from dino_value.trackers import Pictures, Trackers
 from dino_value.value import average
 
 METRICS_NAME = "metrics.jsonl"
@@ -63,11 +65,11 @@ class Meters:
 class MetricsFile:
     """metrics.jsonl: one object a line, each with its `step`; a resumed run drops the lines after its checkpoint.
 
-    A line with `event` and `message` is something that was said, not measured.
+    A line with `event` and `message` is something that was said, not measured. `also` is told each line too.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / METRICS_NAME
+    def __init__(self, folder: Path, step: int, also: Trackers | None = None) -> None:
+        self.path, self.also = folder / METRICS_NAME, also
         if self.path.exists():
             kept = [row for row in read_metrics(folder) if row["step"] <= step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -75,9 +77,24 @@ class MetricsFile:
 
     def write(self, step: int, values: Mapping[str, float | str]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.also is not None:
+            self.also.write(step, values)
+
+    def pictures(self, step: int, draw: Callable[[], Pictures]) -> None:
+        """For those who take pictures."""
+        if self.also is not None:
+            self.also.pictures(step, draw)
 
     def close(self) -> None:
         self._file.close()
+        if self.also is not None:
+            self.also.close()
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -172,6 +189,27 @@ class Reporter:
     def _print(self, text: str, style: str | None = None) -> None:
         # Unwrapped: in a log every line stands for itself.
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+Step = TypeVar("Step")
+QUIET_SECONDS = 30.0  # between two plain lines
+
+
+def follow(steps: Iterable[Step], title: str, total: int, quiet: bool = False) -> Iterator[Step]:
+    """The same steps, followed on stderr: a bar on a terminal, elsewhere a plain line now and then; each with the time
+    left."""
+    console = Console(stderr=True)
+    if quiet or console.is_terminal:
+        yield from rich.progress.track(steps, title, total=total, disable=quiet, transient=True, console=console)
+        return
+    began = said = time.monotonic()
+    for number, step in enumerate(steps):
+        now = time.monotonic()
+        if now - said >= QUIET_SECONDS:
+            left = duration((now - began) / number * (total - number))
+            console.print(f"{title} {number}/{total}  {left} left", markup=False, highlight=False, soft_wrap=True)
+            said = now
+        yield step
 
 
 def environment(seed: int, device: torch.device) -> dict[str, Any]:

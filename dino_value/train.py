@@ -36,6 +36,7 @@ from dino_value.data.sampling import Stream, generator, key
 from dino_value.errors import Interrupted, UserError
 from dino_value.feedback import FeedbackTask, Labels
 from dino_value.files import write_json
+from dino_value.gallery import mask_pictures
 from dino_value.health import Checkup, CollapseWatch, Event
 from dino_value.linear import choose_matmul, use_onednn
 from dino_value.objectives.interface import Draw, Parts
@@ -54,6 +55,7 @@ from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.steer import Steer, not_finite
 from dino_value.steps import Learner, Views, build_objective, make_views, update_teacher
 from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
+from dino_value.trackers import Trackers, check_trackers
 from dino_value.value import average
 from dino_value.weight_files import is_whole
 from dino_value.weights import fit_positions, load_head
@@ -80,6 +82,7 @@ def train(config: Config, quiet: bool = False, override: bool = False, until: in
 
 def _train(config: Config, quiet: bool, override: bool, until: int | None, stopping: Callable[[], bool]) -> Path:
     folder, first = Path(config.out), distributed.is_first()
+    check_trackers(config.track)
     newest = distributed.from_first(lambda: latest_checkpoint(folder / "checkpoints"))
     run = Run(config)
     checkup = Checkup(config) if config.health.every and first else None
@@ -116,11 +119,16 @@ def _train(config: Config, quiet: bool, override: bool, until: int | None, stopp
     if distributed.anywhere(stopping()):
         raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
     if first:
-        metrics = MetricsFile(folder, run.step)
+        trackers = Trackers(config.track, folder, run.step, dataclasses.asdict(config))
+        metrics = MetricsFile(folder, run.step, trackers)
         for text in warnings:
             metrics.write(run.step, {"event": "resumed", "message": text})
     clock = Clock()
-    with Reporter(config.method, config.steps, run.step, quiet) as reporter, run.evidence(folder):
+    with (
+        metrics or contextlib.nullcontext(),
+        Reporter(config.method, config.steps, run.step, quiet) as reporter,
+        run.evidence(folder),
+    ):
         for large, small in clock.waiting(run.stream.iterate(run.step, end)):
             run.learner_update(large, small)
             reporter.advance(run.step)
@@ -152,12 +160,12 @@ def _train(config: Config, quiet: bool, override: bool, until: int | None, stopp
                 run.best.judge(run.step)
             if due or stop:
                 run.save(folder)
+            if due and metrics is not None:
+                metrics.pictures(run.step, lambda: mask_pictures(config, run.steer))
             if stop and run.step < end:
                 run.writer.wait()
                 raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
         run.writer.wait()
-    if metrics is not None:
-        metrics.close()
     return folder
 
 

@@ -101,6 +101,7 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--data", required=True, help='root of the data set, or "scenes" for the embedded one')
     parser.add_argument("--out", required=True, type=Path, help="folder that gets results.json")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
     parser.add_argument(
         "--min-match", default=0.9, type=parse_share, help="refuse weights that fill less of the model, a share"
@@ -257,7 +258,7 @@ def prepare(found: Evaluation[Any], arguments: argparse.Namespace, weights: str)
         size = tuple(max(1, round(side / patch)) * patch for side in size)
         if size != found.defaults.size:
             print(f"{found.name}: size {output.format_size(size)}, which {patch} px patches divide", file=sys.stderr)
-    return replace(found.defaults, **{**given, "size": size, "progress": sys.stderr.isatty()}), backbone
+    return replace(found.defaults, **{**given, "size": size, "progress": not arguments.quiet}), backbone
 
 
 def identity(weights: str) -> str:
@@ -387,6 +388,7 @@ def run_all(argv: Sequence[str]) -> int:
         parser.add_argument(f"--data-{layout}", help=f"root of the data of {names}")
     parser.add_argument("--data", help='what stands for those not given: "scenes"')
     parser.add_argument("--out", required=True, type=Path, help="folder that gets a folder for each evaluation")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
     parsed = parser.parse_intermixed_args(argv)  # settings may also follow an option
     settings = [part for part in parsed.weights if "=" in part and not Path(part).exists()]
     weights = [part for part in parsed.weights if part not in settings]
@@ -402,7 +404,7 @@ def run_all(argv: Sequence[str]) -> int:
     # All of them are parsed before the first is run.
     calls = {
         name: build_parser(every[name]).parse_args(
-            [*weights, "--data", str(data), "--out", str(parsed.out / name), *flags[name]]
+            [*weights, "--data", str(data), "--out", str(parsed.out / name), *["--quiet"] * parsed.quiet, *flags[name]]
         )
         for name, data in jobs.items()
     }

@@ -9,8 +9,6 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,6 +16,7 @@ from dino_value.backbones import Backbone, Features
 from dino_value.data.labelled import LabelledDataset, LabelledSource
 from dino_value.errors import UserError
 from dino_value.eval.base import HeadOptions, Options, pick_device
+from dino_value.track import follow
 
 Reader = Callable[[Features], Tensor]
 """What a head reads of a backbone's features: a map [B D h w] or a vector [B D]."""
@@ -229,8 +228,8 @@ def in_order(dataset: Items, options: Options, title: str) -> Iterator[tuple[Any
 
 
 def shown(steps: Iterable[Step], title: str, total: int, progress: bool) -> Iterator[Step]:
-    """The same steps behind a progress bar on stderr."""
-    yield from track(steps, title, total=total, disable=not progress, transient=True, console=Console(stderr=True))
+    """The same steps, followed on stderr where that is asked for."""
+    yield from follow(steps, title, total, quiet=not progress)
 
 
 def forward_batch(batch: int) -> int:

@@ -28,6 +28,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "optim",
         "checkpoint",
         "track",
+        "trackers",
         "config",
         "files",
         "process",

@@ -11,10 +11,10 @@ import torch
 
 from dino_value.checkpoint import load_checkpoint
 from dino_value.cli import main
-from dino_value.config import Config
+from dino_value.config import Config, load_config
 from dino_value.errors import UserError
-from dino_value.probe import probe_run
-from dino_value.train import train
+from dino_value.probe import Probed, probe_run
+from dino_value.train import Run, train
 
 Make = Callable[..., Config]
 
@@ -28,8 +28,10 @@ def test_columns_and_summaries(tiny: Make, overrides: list[str]) -> None:
     folder = train(tiny(*overrides), quiet=True)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     found = probe_run(folder, trials=4, held=1)
-    assert set(found) == {"designed_sgd", "designed_optimizer", "plain_sgd", "plain_optimizer"}
-    for row in found.values():
+    rows = {name: row for name, row in found.items() if name not in ("step", "settings")}
+    assert set(rows) == {"designed_sgd", "designed_optimizer", "plain_sgd", "plain_optimizer"}
+    assert found["step"] == 4
+    for row in rows.values():
         assert -1 <= row["interval"][0] <= row["interval"][1] <= 1
         assert len(row["value"]) == len(row["predicted"]) == len(row["realised"]) == 4
     columns = found["plain_sgd"]
@@ -70,11 +72,47 @@ def test_on_the_designers_own_feedback_a_small_step_does_what_it_foretells(
         assert found[name]["slope"] == pytest.approx(1, abs=0.05)
 
 
+def test_what_is_varied(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dino_value import probe as module
+
+    monkeypatch.setattr(module, "LEAST", 2)
+    folder = train(tiny("feedback.seg.train=4", "feedback.seg.meta=8", "data.nyuv2=null"), quiet=True)
+    found = probe_run(folder, trials=4, held=1)["plain_sgd"]
+    assert {count: len(rs) for count, rs in found["by_images"].items()} == {"2": 4, "4": 2}
+    assert set(found["by_score"]) == {"dot", "cosine", "random"}
+    earlier = probe_run(folder, 4, 1, 0, Probed(folder / "checkpoints" / "step_00000002.pt"))
+    assert earlier["step"] == 2
+    assert earlier["plain_sgd"]["realised"] != found["realised"]
+    half = probe_run(folder, 4, 1, 0, Probed(scale=0.5))["plain_sgd"]
+    assert half["predicted"] == pytest.approx([value / 2 for value in found["predicted"]])
+    wide = probe_run(folder, 4, 1, 0, Probed(blocks=3, batch=8))
+    assert (wide["settings"]["blocks"], wide["settings"]["batch"]) == (3, 8)
+    assert wide["plain_sgd"]["value"] != found["value"]
+
+
+def test_g_down_of_all_batches_is_their_mean(tiny: Make) -> None:
+    from dino_value.probe import _meta_gradient
+    from dino_value.value import combine
+
+    folder = train(tiny("feedback.depth.train=2", "feedback.depth.meta=8", "data.ade20k=null"), quiet=True)
+    run = Run(load_config(folder / "config.yaml"))
+    run.load_state_dict(load_checkpoint(folder))
+    assert run.steer is not None
+    (task,) = run.steer.feedback
+    parts = [_meta_gradient(run, run.steer, task, first, 4) for first in (0, 4)]
+    whole = _meta_gradient(run, run.steer, task, 0, None)
+    for mean, one in zip(combine(parts, [0.5, 0.5]), whole, strict=True):
+        torch.testing.assert_close(mean, one)
+
+
 def test_the_command_writes_and_prints(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
     folder = train(tiny(), quiet=True)
     assert main(["probe", str(folder), "--trials", "3", "--held", "1"]) == 0
     written = json.loads((folder / "results" / "probe.json").read_text())
     assert "designed_sgd" in written
+    earlier = folder / "checkpoints" / "step_00000002.pt"
+    assert main(["probe", str(folder), "--trials", "3", "--held", "1", "--checkpoint", str(earlier)]) == 0
+    assert json.loads((folder / "results" / "probe_step_2.json").read_text())["step"] == 2
     assert "Pearson" in capsys.readouterr().out
     train(tiny(), quiet=True)  # the run is still a run
     assert load_checkpoint(folder)["step"] == 4
@@ -87,6 +125,9 @@ def test_the_command_writes_and_prints(tiny: Make, capsys: pytest.CaptureFixture
         (["value.burn_in=99"], [], "before the first designer update"),
         ([], ["--trials", "2"], "a correlation needs 3"),
         ([], ["--held", "99"], "cannot cut"),
+        ([], ["--scale", "0"], "--scale 0"),
+        ([], ["--batch", "1"], "--batch 1"),
+        ([], ["--checkpoint", "absent.pt"], "no such file"),
     ],
 )
 def test_what_cannot_be_probed(

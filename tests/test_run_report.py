@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,31 @@ import pytest
 
 from dino_value.cli import main
 from dino_value.config import Config, load_config
-from dino_value.files import write_bytes, write_json
+from dino_value.files import write_bytes, write_json, write_text
+from dino_value.language.arithmetic import write_problems, write_tiny_model
+from dino_value.language.config import load_language_config
+from dino_value.language.train import train as train_language
 from dino_value.report.figures import results_figure
 from dino_value.run_report import arms_of_runs, evaluated, report_runs
 from dino_value.train import train
 
 Make = Callable[..., Config]
+
+LANGUAGE = """
+steps: 4
+log_every: 1
+device: cpu
+precision: fp32
+learner: {model: ROOT/model, lora: {rank: 0}}
+data: {length: 40, stream: {main: ROOT/stream.jsonl}, buffer: 20}
+optim: {batch_size: 2, accumulation: 1}
+targets: {candidates: 8, chunk: 16}
+designer: {hidden: 16, layers: 1, heads: 2}
+value: {period: 2, batch_size: 2, length: 40}
+feedback: {files: {main: ROOT/feedback.jsonl}, length: 64, batch_size: 4}
+held: {file: ROOT/feedback.jsonl, every: 2}
+checkpoint: {every: 4, export: false}
+"""
 
 
 @pytest.fixture
@@ -36,7 +56,9 @@ def test_one_run(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     (run / "results" / "seg" / "pictures").mkdir()
     write_bytes(run / "results" / "seg" / "pictures" / "0000_image_truth_prediction.png", picture)
     row = {"pearson": 0.5, "interval": [0.25, 0.75], "predicted": [0.0, 1.0], "realised": [0.0, 1.0]}
-    write_json(run / "results" / "probe.json", {"designed_sgd": row, "designed_optimizer": row})
+    for step in (2, 4):
+        found = {"step": step, "designed_sgd": row, "designed_optimizer": row}
+        write_json(run / "results" / f"probe_step_{step}.json", found)
     assert main(["report", str(run)]) == 0
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     page = (run / "report.html").read_text()
@@ -45,11 +67,14 @@ def test_one_run(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
         "Training curves",
         "What the student sees",
         "Patch features",
+        "Masks across training",
         "Does V foretell",
+        "Probe r across training",
         "Predictions: value",
+        "What it cost",
+        "Reproduce this",
     ):
-        assert title in page
-    assert "value, step_00000002" in page  # masks across training
+        assert f"{title}" in page
     assert page.count("<img") == len(list((run / "report_figures").glob("*.png")))
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert train(load_config(run / "config.yaml"), quiet=True) == run  # still a run folder, and finished
@@ -79,6 +104,56 @@ def test_a_run_without_evaluations_has_a_page(tiny: Make, tmp_path: Path) -> Non
     page = report_runs([run], run / "report.html").read_text()
     assert "Training curves" in page
     assert "Results</h2>" not in page
+
+
+def test_efficiency_is_of_what_every_arm_has_measured(tiny: Make, tmp_path: Path) -> None:
+    found = [
+        train(tiny(f"method={method}", f"out={tmp_path / method}", "health.every=2", "health.images=8"), quiet=True)
+        for method in ("value", "baseline")
+    ]
+    page = report_runs(found, tmp_path / "page.html").read_text()
+    assert "What was reached with how much" in page
+    assert "RankMe" in page
+    assert "Of baseline&#x27;s last value: value" in page
+
+
+def test_three_runs_have_a_pareto_front(runs: list[Path], tmp_path: Path) -> None:
+    third = tmp_path / "again"
+    shutil.copytree(runs[1], third)
+    write_text(third / "config.yaml", (third / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
+    for number, run in enumerate((*runs, third)):
+        (run / "results" / "depth").mkdir()
+        score = {"evaluation": "depth", "rmse": 1.0 + number / 10}
+        write_json(run / "results" / "depth" / "results.json", score)
+    assert "Pareto front" not in report_runs(runs, tmp_path / "two.html").read_text()
+    page = report_runs([*runs, third], tmp_path / "three.html").read_text()
+    assert "Pareto front" in page
+    sweep = tmp_path / "sweep"
+    (sweep / "trials").mkdir(parents=True)
+    for number, run in enumerate((*runs, third)):
+        shutil.move(run, sweep / "trials" / f"{number:04d}")
+    page = report_runs([sweep], tmp_path / "sweep.html").read_text()
+    assert "On the front: trials/0000" in page
+    assert "Run 0000" in page  # the only trial on the front
+
+
+def test_a_language_run_has_a_page(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    write_tiny_model(tmp_path / "model", width=16, layers=3, heads=2)
+    write_problems(tmp_path / "stream.jsonl", 60, 0, "stream", 0.6, 0.1)
+    write_problems(tmp_path / "feedback.jsonl", 16, 0, "feedback")
+    write_text(tmp_path / "tiny.yaml", LANGUAGE.replace("ROOT", str(tmp_path)))
+    found = []
+    for method in ("value", "baseline"):
+        config = load_language_config(tmp_path / "tiny.yaml", [f"method={method}", f"out={tmp_path / method}"])
+        run = train_language(config, quiet=True)
+        (run / "results").mkdir()
+        score = {"mean": 1.5, "low": 1.25, "high": 1.75, "number": 8}
+        write_json(run / "results" / "gsm8k_test.json", {"asked": {}, "metrics": {"answer_loss": score}})
+        found.append(run)
+    page = report_runs(found, tmp_path / "page.html").read_text()
+    for text in ("next-token prediction", "answer loss", "1.5000", "tokens a second", "held loss", "against tokens"):
+        assert text in page
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from dino_value import track
-from dino_value.track import Clock, Meters, MetricsFile, Reporter, duration, read_metrics, summary
+from dino_value.track import Clock, Meters, MetricsFile, Reporter, duration, follow, read_metrics, summary
 
 VALUES = {"loss": 4.2087, "lr": 1e-4, "images_per_second": 38.21, "data_wait": 0.034, "rankme": 12.34}
 
@@ -65,6 +65,19 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = screen.getvalue()
     for text in ("20/40", "left", "loss 4.209", "38.21 images/s", "3% waiting for data"):
         assert text in shown
+
+
+def test_steps_are_followed_by_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(track.time, "monotonic", lambda: now[0])
+    for _ in follow(range(10), "head", 10):
+        now[0] += 11
+    for _ in follow(range(10), "head", 10, quiet=True):
+        now[0] += 11
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["head 3/10  0:01:17 left", "head 6/10  0:00:44 left", "head 9/10  0:00:11 left"]
 
 
 def test_meters_are_means_since_the_last_reading() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dino_value.config import ScopeConfig, load_structured
+from dino_value.config import ScopeConfig, TrackConfig, load_structured
 from dino_value.errors import UserError
 
 METHODS = ("value", "baseline", "random", "closed_form", "uniform", "self_distillation", "sft")
@@ -156,6 +156,7 @@ class LanguageConfig:
     held: HeldConfig = field(default_factory=HeldConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     checkpoint: LanguageCheckpointConfig = field(default_factory=LanguageCheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from dino_value.language.steer import Steer, TargetTask, constant, token_losses
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples
 from dino_value.language.train import Run
+from dino_value.track import follow
 from dino_value.value import (
     Gradient,
     ProbeResult,
@@ -124,7 +124,7 @@ class _Probe:
     def trials(self, count: int) -> dict[str, Any]:
         rows: dict[str, list[Any]] = {}
         before, domains = self.downstream(_doubled(self.parameters)), list(self.g_down)
-        for number in track(range(count), "probing", console=Console(stderr=True)):
+        for number in follow(range(count), "probing", count):
             domain = domains[number % len(domains)]
             batch = self.steer.meta[domain].batch(self.run.config.value.batch_size).to(self.run.device)
             for name, designed in (("designed", True), ("plain", False)):

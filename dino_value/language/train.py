@@ -7,6 +7,7 @@ feedback too.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from dino_value.process import bfloat16, choose_device, stop_requests
 from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.seeds import key
 from dino_value.track import Meters, MetricsFile, Reporter, environment
+from dino_value.trackers import Trackers, check_trackers
 
 SCHEDULE = 10_000  # ticks of a schedule over a run
 
@@ -41,6 +43,7 @@ def train(config: LanguageConfig, quiet: bool = False) -> Path:
         Interrupted: a signal asked to stop; everything is saved.
     """
     folder = Path(config.out)
+    check_trackers(config.track)
     newest = latest_checkpoint(folder / "checkpoints")
     run = Run(config)
     prepare_folder(config, folder)  # after all that may refuse: a mistake leaves no folder behind
@@ -50,8 +53,12 @@ def train(config: LanguageConfig, quiet: bool = False) -> Path:
         return folder
     record_environment(folder, environment(config.seed, run.device))
 
-    metrics = MetricsFile(folder, run.step)
-    with stop_requests() as stopping, Reporter(config.method, config.steps, run.step, quiet) as reporter:
+    trackers = Trackers(config.track, folder, run.step, dataclasses.asdict(config))
+    with (
+        stop_requests() as stopping,
+        MetricsFile(folder, run.step, trackers) as metrics,
+        Reporter(config.method, config.steps, run.step, quiet) as reporter,
+    ):
         while not run.done():
             run.learner_update()
             reporter.advance(run.step)
@@ -71,7 +78,6 @@ def train(config: LanguageConfig, quiet: bool = False) -> Path:
                 run.save(folder)
             if stopping() and not last:
                 raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
-    metrics.close()
     if config.checkpoint.export:
         export_learner(run.learner.model, run.encoder.tokenizer, folder / "learner")
     return folder

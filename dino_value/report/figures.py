@@ -1,32 +1,35 @@
 """The report's pictures, as PNG bytes: results by seed, training curves, masks over images, PCA of patch
 features.
-
-One colour, marker and line style an arm, everywhere; the colours are those of Okabe and Ito, told apart by
-colour-blind readers. Drawn on matplotlib's Agg canvas without pyplot: no display is needed and no global
-state is touched.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure as MplFigure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from dino_value.errors import UserError
+from dino_value.report.drawing import (
+    INK,
+    PAPER,
+    Figure,
+    Images,
+    Panel,
+    arm_styles,
+    new_axes,
+    new_cells,
+    style_of,
+    to_images,
+    to_png,
+)
 from dino_value.report.statistics import (
     Metric,
     Results,
@@ -38,57 +41,8 @@ from dino_value.report.statistics import (
 )
 
 Array = NDArray[np.float64]
-Images = NDArray[np.uint8]
 
-DPI = 160
-INK, FAINT, PAPER = "#222222", "#d9d9d9", "#ffffff"
 MASK_COLOURS = "viridis"
-
-
-@dataclass(frozen=True)
-class ArmStyle:
-    colour: str
-    marker: str
-    line: str
-
-
-_STYLES = {
-    "step0": ArmStyle("#6b6b6b", "D", ":"),
-    "baseline": ArmStyle("#0072b2", "o", "-"),
-    "random": ArmStyle("#009e73", "^", "--"),
-    "value": ArmStyle("#d55e00", "s", "-"),
-}
-_SPARE_STYLES = [
-    ArmStyle("#cc79a7", "v", "-."),
-    ArmStyle("#56b4e9", "P", "--"),
-    ArmStyle("#e69f00", "X", "-."),
-    ArmStyle("#000000", "*", ":"),
-]
-
-
-def arm_styles(arms: Sequence[str]) -> dict[str, ArmStyle]:
-    """A style for each arm: the standard arms always look the same, others take the spare styles in turn."""
-    spare = itertools.cycle(_SPARE_STYLES)
-    return {arm: _STYLES[arm] if arm in _STYLES else next(spare) for arm in arms}
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One picture. ``name`` becomes its file's name, ``alt`` says in words what it shows."""
-
-    name: str
-    png: bytes
-    alt: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Panels under one title and caption, side by side on a wide page and stacked on a narrow one."""
-
-    name: str
-    title: str
-    caption: str
-    panels: Sequence[Panel]
 
 
 # --- results ------------------------------------------------------------------------------------------------
@@ -121,7 +75,7 @@ def _results_alt(key: str, arms: Mapping[str, Mapping[str, Array]]) -> str:
 
 
 def _results_png(metric: Metric, rows: Mapping[str, Array]) -> bytes:
-    figure, axes = _axes(4.4, 3.3)
+    figure, axes = new_axes(4.4, 3.3)
     values = np.stack(list(rows.values())) * metric.scale  # [arms, seeds]
     # Seeds are spread a little to the sides, so that dots of equal height stay apart.
     offsets = np.linspace(-0.12, 0.12, values.shape[1]) if values.shape[1] > 1 else np.zeros(1)
@@ -145,7 +99,7 @@ def _results_png(metric: Metric, rows: Mapping[str, Array]) -> bytes:
     axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set_title(f"{metric.heading}   ({metric.preference})", loc="left", fontsize=11.5)
     axes.grid(axis="x", visible=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 # --- curves -------------------------------------------------------------------------------------------------
@@ -255,7 +209,7 @@ def _window(points: int) -> int:
 
 
 def _curves_png(heading: str, curves: Mapping[str, Sequence[tuple[Array, Array]]], *, signed: bool) -> bytes:
-    figure, axes = _axes(4.4, 3.3)
+    figure, axes = new_axes(4.4, 3.3)
     if signed:
         axes.axhline(0, color=INK, linewidth=0.8)
     for (arm, found), style in zip(curves.items(), arm_styles(list(curves)).values(), strict=True):
@@ -285,7 +239,7 @@ def _curves_png(heading: str, curves: Mapping[str, Sequence[tuple[Array, Array]]
         bbox_to_anchor=(-0.02, -0.2),
         handlelength=2.4,
     )
-    return _png(figure)
+    return to_png(figure)
 
 
 # --- probe ------------------------------------------------------------------------------------------------------
@@ -308,7 +262,7 @@ def probe_figure(probes: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def _probe_png(title: str, rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-    figure, axes = _axes(4.4, 3.3)
+    figure, axes = new_axes(4.4, 3.3)
     axes.axhline(0, color=INK, linewidth=0.6)
     axes.axvline(0, color=INK, linewidth=0.6)
     for (arm, row), style in zip(rows.items(), arm_styles(list(rows)).values(), strict=True):
@@ -319,7 +273,7 @@ def _probe_png(title: str, rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     axes.set_xlabel("predicted decrease", fontsize=10)
     axes.set_ylabel("realised decrease", fontsize=10)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(-0.02, -0.2))
-    return _png(figure)
+    return to_png(figure)
 
 
 # --- images -------------------------------------------------------------------------------------------------
@@ -338,12 +292,12 @@ def masks_figure(images: ArrayLike, masks: Mapping[str, ArrayLike], views: Mappi
     ``images``: uint8 [n 3 h w]. ``masks``: arm -> [n h w] or [n 1 h w] in [0, 1], 1 = kept.
     ``views``: arm -> uint8 [n 3 h w]. Raises ValueError when the shapes do not fit.
     """
-    originals = _images("images", images)
+    originals = to_images("images", images)
     panels = []
     for arm in order_arms(masks):
         mask = np.asarray(masks[arm], dtype=np.float64)
         mask = mask[:, 0] if mask.ndim == 4 else mask
-        view = _images(f"views of {arm!r}", views[arm])
+        view = to_images(f"views of {arm!r}", views[arm])
         if mask.shape != originals.shape[:3] or view.shape != originals.shape:
             raise ValueError(f"{arm}: masks {mask.shape} and views {view.shape} do not fit images {originals.shape}")
         kept = ", ".join(f"{m:.0%}" for m in mask.mean(axis=(1, 2)))
@@ -358,7 +312,7 @@ def masks_figure(images: ArrayLike, masks: Mapping[str, ArrayLike], views: Mappi
 
 def _masks_png(arm: str, images: Images, masks: Array, views: Images) -> bytes:
     rows = len(images)
-    figure, cells = _cells(rows, ["image", "mask", "learned view"], above=0.52, below=0.42)
+    figure, cells = new_cells(rows, ["image", "mask", "learned view"], above=0.52, below=0.42)
     shade = colormaps[MASK_COLOURS]
     for row, (image, mask, view) in enumerate(zip(images, masks, views, strict=True)):
         grey = image.mean(axis=-1, keepdims=True) / 255
@@ -381,9 +335,9 @@ def _masks_png(arm: str, images: Images, masks: Array, views: Images) -> bytes:
         fontsize=12,
         weight="bold",
         va="top",
-        color=_style(arm).colour,
+        color=style_of(arm).colour,
     )
-    return _png(figure)
+    return to_png(figure)
 
 
 def pca_rgb(features: ArrayLike, reference: ArrayLike | None = None) -> Array:
@@ -432,18 +386,18 @@ def pca_figure(images: ArrayLike, features: Mapping[str, ArrayLike]) -> Figure:
 
     ``images``: uint8 [n 3 H W]; ``features``: arm -> [n h w d] of the same images, step 0 among them.
     """
-    originals = _images("images", images)
+    originals = to_images("images", images)
     order = order_arms(features)
     colours: dict[str, Array] = {}
     for arm in order:
         colours[arm] = pca_rgb(features[arm], reference=colours.get(order[0]))
-    figure, cells = _cells(len(originals), ["image", *map(arm_label, order)], above=0.3, below=0.02)
+    figure, cells = new_cells(len(originals), ["image", *map(arm_label, order)], above=0.3, below=0.02)
     for row, image in enumerate(originals):
         cells[row][0].imshow(image)
         for column, arm in enumerate(order, 1):
             cells[row][column].imshow(colours[arm][row], interpolation="nearest")
     for column, arm in enumerate(order, 1):
-        cells[0][column].set_title(arm_label(arm), fontsize=11, pad=4, color=_style(arm).colour, weight="bold")
+        cells[0][column].set_title(arm_label(arm), fontsize=11, pad=4, color=style_of(arm).colour, weight="bold")
     arms = ", ".join(map(arm_label, order))
     alt = f"{len(originals)} images, and for each the PCA colours of the patch features of the arms {arms}."
     caption = (
@@ -451,55 +405,4 @@ def pca_figure(images: ArrayLike, features: Mapping[str, ArrayLike]) -> Figure:
         "arm over all the images shown. Components of the later arms are reordered and flipped to match the "
         "first one's; like colours mean like features within an arm, and only roughly so across arms."
     )
-    return Figure("pca", "Patch features", caption, [Panel("pca", _png(figure), alt)])
-
-
-# --- drawing ------------------------------------------------------------------------------------------------
-
-
-def _style(arm: str) -> ArmStyle:
-    return arm_styles([arm])[arm]
-
-
-def _images(what: str, images: ArrayLike) -> Images:
-    """uint8 [n 3 h w], checked, as uint8 [n h w 3] to draw."""
-    array = np.asarray(images)
-    if array.ndim != 4 or array.shape[1] != 3 or array.dtype != np.uint8:
-        raise ValueError(f"{what} must be uint8 [n 3 h w], found {array.dtype} {array.shape}")
-    return array.transpose(0, 2, 3, 1)
-
-
-def _axes(width: float, height: float) -> tuple[MplFigure, Axes]:
-    """A figure of ``width`` x ``height`` inches with one quiet pair of axes."""
-    figure = MplFigure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor=PAPER)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#8a8a8a")
-    axes.tick_params(colors=INK, labelsize=10, length=3)
-    axes.grid(color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
-    return figure, axes
-
-
-def _cells(rows: int, columns: Sequence[str], *, above: float, below: float) -> tuple[MplFigure, list[list[Axes]]]:
-    """A sheet of cells with a small gap and headed columns; ``above``, ``below``: margins in inches."""
-    width, gap = 5.4, 0.05
-    side = (width - gap * (len(columns) - 1)) / len(columns)
-    height = rows * side + (rows - 1) * gap + above + below
-    figure = MplFigure(figsize=(width, height), dpi=DPI, facecolor=PAPER)
-    frame = {"left": 0, "right": 1, "bottom": below / height, "top": 1 - above / height}
-    grid = figure.add_gridspec(rows, len(columns), **frame, wspace=gap / side, hspace=gap / side)
-    cells = [[figure.add_subplot(grid[r, c]) for c in range(len(columns))] for r in range(rows)]
-    for axes in itertools.chain.from_iterable(cells):
-        axes.set_axis_off()
-    for axes, title in zip(cells[0], columns, strict=True):
-        axes.set_title(title, fontsize=11, pad=4, color=INK)
-    return figure, cells
-
-
-def _png(figure: MplFigure) -> bytes:
-    buffer = io.BytesIO()
-    # No software version in the file: the same numbers give the same bytes.
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    return Figure("pca", "Patch features", caption, [Panel("pca", to_png(figure), alt)])

@@ -13,7 +13,7 @@ from string import Template
 
 from dino_value.errors import UserError
 from dino_value.files import write_bytes
-from dino_value.report.figures import Figure, Panel, arm_styles
+from dino_value.report.drawing import Figure, Panel, arm_styles
 from dino_value.report.statistics import (
     LEVEL,
     MIN_SEEDS,
@@ -52,6 +52,16 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Numbers that no claim is made of. ``rows``: an arm's name, and a cell for each of ``heads``."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """What the page says. Text fields are plain text and are escaped; an empty part leaves its section out.
 
@@ -65,6 +75,7 @@ class Report:
     results: Results | None
     comparisons: Sequence[Comparison] | None = None
     sections: Sequence[Section] = ()
+    tables: Sequence[Table] = ()
     figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -102,6 +113,7 @@ def render(report: Report) -> str:
         byline=_byline(report),
         results=_results(report),
         sections="".join(_further(section) for section in report.sections),
+        tables="".join(_plain(table) for table in report.tables),
         figures="".join(_figure(f) for f in report.figures if f.name != "results"),
         notes=_section("Keep in mind", _list(report.notes), report.notes),
         settings=_section("Settings", _pairs(report.settings), report.settings),
@@ -175,6 +187,16 @@ def _further(section: Section) -> str:
         f"<section><h2>{_text(section.title)}</h2><p>{_text(section.text)}</p>"
         f"{_results_table(section.results)}{_verdicts(section.comparisons)}</section>"
     )
+
+
+def _plain(table: Table) -> str:
+    styles = arm_styles(list(table.rows))
+    rows = [
+        _row_head(arm, styles[arm].colour) + "".join(f"<td>{_text(cell)}</td>" for cell in cells)
+        for arm, cells in table.rows.items()
+    ]
+    note = f'<p class="small">{_text(table.note)}</p>' if table.note else ""
+    return f"<section><h2>{_text(table.title)}</h2>{_table(table.title, ['arm', *table.heads], rows)}{note}</section>"
 
 
 def _verdict(comparison: Comparison) -> str:

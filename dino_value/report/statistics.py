@@ -73,6 +73,10 @@ _METRICS = {
         Metric("rmse", "depth RMSE", higher_is_better=False, unit="m", difference_unit=" m"),
         Metric("absrel", "depth AbsRel", higher_is_better=False),
         Metric("loss", "loss", higher_is_better=False),
+        _percent("accuracy", "accuracy"),
+        _percent("pass@1_exact", "Pass@1, exact match"),
+        _percent("pass@1_verified", "Pass@1, math-verify"),
+        Metric("rankme", "RankMe", higher_is_better=True, digits=1),
     )
 }
 

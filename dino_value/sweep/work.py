@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from dino_value.files import write_json, write_text
 from dino_value.run_folder import prepare_folder
 from dino_value.sweep.claims import Claim, alone
 from dino_value.sweep.spec import Params, Sweep, is_named
+from dino_value.track import duration
 from dino_value.train import Run, train
 
 if TYPE_CHECKING:
@@ -315,13 +317,14 @@ def work(sweep: Sweep, limit: int | None = None) -> int:
     Raises:
         Interrupted: a signal came; what was under way is saved, and taken up by whoever looks next.
     """
-    study = open_study(sweep)
+    study, began = open_study(sweep), time.monotonic()
     done = 0
     while limit is None or done < limit:
         with next_item(sweep, study) as item:
             if item is None:
                 return done
-            print(f"{item.name} of {sweep.out}", flush=True)
+            pace = f", {done} done here in {duration(time.monotonic() - began)}" if done else ""
+            print(f"{item.name} of {sweep.out}{pace}", flush=True)
             try:
                 settle(sweep, study, item)
             except (Interrupted, KeyboardInterrupt):
@@ -347,6 +350,8 @@ def settle(sweep: Sweep, study: optuna.Study, item: Item) -> None:
             values = objectives(sweep, metrics)
             item.trial.set_user_attr("metrics", metrics)
             study.tell(item.trial, values)
+        told = ", ".join(f"{name} {metrics[name]:.4f}" for name in sweep.objectives if name in metrics)
+        print(f"{item.name}: {told}", flush=True)
     except (Interrupted, KeyboardInterrupt):
         raise
     except optuna.TrialPruned:

@@ -228,3 +228,13 @@ def test_the_papers_settings(name: str, rank: int, lr: float) -> None:
         0.5,
     )
     assert c.data.stream == {"main": "s.jsonl"}
+
+
+def test_a_tracker_gets_what_the_metrics_get(tiny: Callable[..., LanguageConfig]) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train(tiny("track.to=[tensorboard]"), quiet=True)
+    events, rows = EventAccumulator(str(folder / "tensorboard")).Reload(), read_metrics(folder)
+    assert set(events.Tags()["scalars"]) == {name for row in rows for name in row} - {"step"}
+    assert [event.step for event in events.Scalars("loss")] == [row["step"] for row in rows]

@@ -15,7 +15,8 @@ from PIL import Image
 from rich.console import Console
 
 from dino_value.errors import UserError
-from dino_value.report.figures import Figure, Panel, results_figure
+from dino_value.report.drawing import Figure, Panel
+from dino_value.report.figures import results_figure
 from dino_value.report.page import Report, render, write_report
 from dino_value.report.statistics import metric_of
 from dino_value.report.terminal import results_table
