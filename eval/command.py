@@ -18,7 +18,7 @@ from dino_value.backbones import Backbone, load_backbone
 from dino_value.data.labelled import LabelledSource, Layout, Split, Subset, open_labelled
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 from dino_value.eval import EVALUATIONS, intervals, output
-from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed
+from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed, use_bfloat16
 from dino_value.linear import choose_matmul, use_onednn
 from dino_value.track import environment
 
@@ -116,6 +116,9 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser.add_argument("--seed", default=defaults.seed, type=int, help="of every random choice")
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present")
     parser.add_argument("--matmul", default="torch", help="on the CPU: torch, onednn or auto (docs/speed.md)")
+    parser.add_argument(
+        "--bf16", action=switch, default=defaults.bf16, help="backbone in bfloat16; by default on CUDA, not on a CPU"
+    )
     parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images")
     parser.add_argument("--save-images", default=0, type=int, metavar="N", help="draw the first N predictions")
     parser.add_argument(
@@ -310,6 +313,7 @@ def run_one(
         "images_per_second": round((result.images or len(result.rows)) / max(score_seconds, 1e-9), 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "matmul": choose_matmul(arguments.matmul, device),
+        "bf16": use_bfloat16(options.bf16, device),
         "torch": torch.__version__,
         "environment": environment(options.seed, device),
         **result.about,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_value.backbones import Backbone, Features
 from dino_value.data.labelled import LabelledDataset, LabelledSource
 from dino_value.errors import UserError
-from dino_value.eval.base import HeadOptions, Options, pick_device
+from dino_value.eval.base import HeadOptions, Options, pick_device, use_bfloat16
 
 Reader = Callable[[Features], Tensor]
 """What a head reads of a backbone's features: a map [B D h w] or a vector [B D]."""
@@ -62,7 +62,7 @@ class FrozenBackbone:
     def __init__(self, backbone: Backbone, read: Reader, options: Options) -> None:
         self.backbone, self.read, self.blocks = backbone, read, options.blocks
         self.device = pick_device(options.device)
-        self.bf16 = options.bf16 and self.device.type == "cuda"
+        self.bf16 = use_bfloat16(options.bf16, self.device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images uint8 [B 3 H W] to float32 features on the device."""

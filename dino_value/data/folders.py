@@ -81,10 +81,12 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     Greyscale, palette and CMYK are converted, an alpha channel is dropped, 16-bit greyscale is scaled to 8.
 
     Raises:
-        UserError: as `decoded`, or pixels in floating point, which have no agreed range.
+        UserError: as `decoded`, or pixels in floating point or of 32 bits, which have no agreed range.
     """
     with decoded(path) as image:
         upright = ImageOps.exif_transpose(image)
+        if upright.mode == "I" and image.format == "TIFF":
+            raise ValueError("pixels of 32 bits have no agreed range")
         if upright.mode.startswith("I"):  # I;16 is 16-bit grey, and I what some decoders make of it
             grey = np.asarray(upright, dtype=np.int64)
             upright = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
