@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dino_value.data.labelled import Kind, Split, file_groups
@@ -125,6 +125,8 @@ def read_depth(path: str | os.PathLike[str], scale: float = 1000.0) -> Tensor:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text names the file once more, or a buffer
+        return "its content is of no known image format"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

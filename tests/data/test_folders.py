@@ -77,6 +77,7 @@ def test_damaged_file_is_named(suffix: str, damage: str, write_image: Write) -> 
     with pytest.raises(UserError, match=f"bad{suffix}: cannot be read as an image") as raised:
         read_image(path)
     assert "\n" not in str(raised.value)
+    assert str(raised.value).count(str(path)) == 1
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

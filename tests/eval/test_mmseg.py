@@ -447,7 +447,7 @@ def test_data_without_counterpart(backbone: Backbone, squares: Path, tmp_path: P
     [
         ("size", 0, r"00\.png: 16x32 pixels, but its image has 32x32; they must agree$"),
         ("id", 1, r"^\S*00\.png: label id 5 is outside 0…4$"),
-        ("image", 0, r"00\.png: cannot be read as an image \(cannot identify image file"),
+        ("image", 0, r"00\.png: cannot be read as an image \(its content is of no known image format\)"),
     ],
 )
 def test_unfit_files(backbone: Backbone, tmp_path: Path, damage: str, workers: int, message: str) -> None:
