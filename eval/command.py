@@ -25,6 +25,13 @@ from dino_value.track import environment
 Pair = tuple[LabelledSource, LabelledSource]
 SHOWN = 5
 """Reasons for leaving something out that are printed, of a split."""
+ADVICE = """The defaults are the published protocols, for a GPU. For a first look on a CPU: --size 96, and --steps 300
+where a head is trained. Protocols, flags and results.json: docs/evaluation.md; data sets: docs/data."""
+ROOTS: dict[str, str] = {
+    "imagefolder": "folder of train/CLASS/ and val/CLASS/",
+    "ade20k": "ADEChallengeData2016, or any set in its layout",
+    "nyuv2": "folder of nyu_depth_v2_labeled.mat and splits.mat, or of lists of pairs",
+}
 
 
 def evaluation(name: str) -> Evaluation[Any]:
@@ -43,7 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     """`dino-value eval …`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = ",".join([*EVALUATIONS, "all"])
-        print(f"usage: dino-value eval {{{names}}} RUN_OR_WEIGHTS … --data PATH --out DIR [--help]")
+        print(f"usage: dino-value eval {{{names}}} RUN_OR_WEIGHTS … --data PATH --out DIR [--help]\n")
+        for name in EVALUATIONS:
+            print(f"  {name:<10} {evaluation(name).description}")
+        print(f"  {'all':<10} Every evaluation whose data is given, and one table.\n\n{ADVICE}")
         return EXIT_DONE if arguments else EXIT_USER
     if arguments[0] == "all":
         return run_all(arguments[1:])
@@ -91,6 +101,7 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser = Parser(
         f"dino-value eval {found.name}",
         description=found.description,
+        epilog=ADVICE,
         formatter_class=_Help,
     )
     parser.add_argument(
@@ -99,8 +110,10 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
         nargs="+",
         help="run folders, or .safetensors or .pth files; several give one comparison table",
     )
-    parser.add_argument("--data", required=True, help='root of the data set, or "scenes" for the embedded one')
-    parser.add_argument("--out", required=True, type=Path, help="folder that gets results.json")
+    parser.add_argument("--data", required=True, help=f'{ROOTS[found.layout]}; or "scenes", the embedded set')
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder that gets results.json, pictures and what --resume needs"
+    )
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
     parser.add_argument(
         "--min-match", default=0.9, type=parse_share, help="refuse weights that fill less of the model, a share"
@@ -111,7 +124,9 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
         help=f"height x width, or one side (default: {output.format_size(defaults.size)}, "
         "or the nearest that the patch size divides)",
     )
-    parser.add_argument("--blocks", default=defaults.blocks, type=int, help="features of the last so many blocks")
+    parser.add_argument(
+        "--blocks", default=defaults.blocks, type=int, help="features of the last so many blocks, side by side"
+    )
     parser.add_argument("--batch", default=defaults.batch, type=int, help="images per head update and forward pass")
     parser.add_argument("--seed", default=defaults.seed, type=int, help="of every random choice")
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present")
@@ -119,7 +134,7 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--bf16", action=switch, default=defaults.bf16, help="backbone in bfloat16; by default on CUDA, not on a CPU"
     )
-    parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images")
+    parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images; 0: this one")
     parser.add_argument("--save-images", default=0, type=int, metavar="N", help="draw the first N predictions")
     parser.add_argument(
         "--skip-unreadable", action=switch, default=False, help="go on without items that cannot be read"
@@ -131,7 +146,12 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
         parser.add_argument(
             "--augment", action=switch, default=False, help="mirror at random; features are computed each step"
         )
-        parser.add_argument("--cache-gb", default=defaults.cache_gb, type=float, help="RAM for frozen features")
+        parser.add_argument(
+            "--cache-gb",
+            default=defaults.cache_gb,
+            type=float,
+            help="RAM for frozen features, or they are computed each step",
+        )
         parser.add_argument(
             "--resume", action=switch, default=False, help="go on with a head training that was stopped"
         )

@@ -81,7 +81,7 @@ class FrozenBackbone:
         if self.device.type == "cuda":
             return len(images)
         tokens = images.shape[-2] * images.shape[-1] // self.backbone.patch_size**2
-        return max(1, TOKENS * torch.get_num_threads() // max(1, tokens))
+        return max(1, int(TOKENS * torch.get_num_threads() / max(1, tokens)))
 
     def normalised(self, images: Tensor) -> Tensor:
         return self.backbone.normalise(images.to(self.device, non_blocking=True))
