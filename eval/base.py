@@ -31,7 +31,7 @@ class Options:
         seed: of every random choice.
         device: a torch device, or "auto": CUDA where there is one.
         workers: processes that read images.
-        bf16: run the backbone in bfloat16, on CUDA only.
+        bf16: run the backbone in bfloat16; None: on CUDA, not on a CPU.
         save_images: draw the predictions of the first so many images.
         progress: show a progress bar.
     """
@@ -42,7 +42,7 @@ class Options:
     seed: int = 0
     device: str = "auto"
     workers: int = 0
-    bf16: bool = True
+    bf16: bool | None = None
     save_images: int = 0
     progress: bool = False
 
@@ -145,6 +145,11 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device
+
+
+def use_bfloat16(choice: bool | None, device: torch.device) -> bool:
+    """Whether the backbone runs in bfloat16: as `Options.bf16` says, or on CUDA."""
+    return device.type == "cuda" if choice is None else choice
 
 
 def check_options(backbone: Backbone, options: Options) -> None:

@@ -18,13 +18,20 @@ from dino_value.backbones import Backbone, load_backbone
 from dino_value.data.labelled import LabelledSource, Layout, Split, Subset, open_labelled
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 from dino_value.eval import EVALUATIONS, intervals, output
-from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed
+from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed, use_bfloat16
 from dino_value.linear import choose_matmul, use_onednn
 from dino_value.track import environment
 
 Pair = tuple[LabelledSource, LabelledSource]
 SHOWN = 5
 """Reasons for leaving something out that are printed, of a split."""
+ADVICE = """The defaults are the published protocols, for a GPU. For a first look on a CPU: --size 96, and --steps 300
+where a head is trained. Protocols, flags and results.json: docs/evaluation.md; data sets: docs/data."""
+ROOTS: dict[str, str] = {
+    "imagefolder": "folder of train/CLASS/ and val/CLASS/",
+    "ade20k": "ADEChallengeData2016, or any set in its layout",
+    "nyuv2": "folder of nyu_depth_v2_labeled.mat and splits.mat, or of lists of pairs",
+}
 
 
 def evaluation(name: str) -> Evaluation[Any]:
@@ -43,7 +50,10 @@ def main(arguments: Sequence[str]) -> int:
     """`dino-value eval …`."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = ",".join([*EVALUATIONS, "all"])
-        print(f"usage: dino-value eval {{{names}}} RUN_OR_WEIGHTS … --data PATH --out DIR [--help]")
+        print(f"usage: dino-value eval {{{names}}} RUN_OR_WEIGHTS … --data PATH --out DIR [--help]\n")
+        for name in EVALUATIONS:
+            print(f"  {name:<10} {evaluation(name).description}")
+        print(f"  {'all':<10} Every evaluation whose data is given, and one table.\n\n{ADVICE}")
         return EXIT_DONE if arguments else EXIT_USER
     if arguments[0] == "all":
         return run_all(arguments[1:])
@@ -91,6 +101,7 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser = Parser(
         f"dino-value eval {found.name}",
         description=found.description,
+        epilog=ADVICE,
         formatter_class=_Help,
     )
     parser.add_argument(
@@ -99,8 +110,10 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
         nargs="+",
         help="run folders, or .safetensors or .pth files; several give one comparison table",
     )
-    parser.add_argument("--data", required=True, help='root of the data set, or "scenes" for the embedded one')
-    parser.add_argument("--out", required=True, type=Path, help="folder that gets results.json")
+    parser.add_argument("--data", required=True, help=f'{ROOTS[found.layout]}; or "scenes", the embedded set')
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder that gets results.json, pictures and what --resume needs"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
     parser.add_argument(
@@ -112,12 +125,17 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
         help=f"height x width, or one side (default: {output.format_size(defaults.size)}, "
         "or the nearest that the patch size divides)",
     )
-    parser.add_argument("--blocks", default=defaults.blocks, type=int, help="features of the last so many blocks")
+    parser.add_argument(
+        "--blocks", default=defaults.blocks, type=int, help="features of the last so many blocks, side by side"
+    )
     parser.add_argument("--batch", default=defaults.batch, type=int, help="images per head update and forward pass")
     parser.add_argument("--seed", default=defaults.seed, type=int, help="of every random choice")
     parser.add_argument("--device", default=defaults.device, help="cpu, cuda, cuda:1, …; auto takes CUDA if present")
     parser.add_argument("--matmul", default="torch", help="on the CPU: torch, onednn or auto (docs/speed.md)")
-    parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images")
+    parser.add_argument(
+        "--bf16", action=switch, default=defaults.bf16, help="backbone in bfloat16; by default on CUDA, not on a CPU"
+    )
+    parser.add_argument("--workers", default=defaults.workers, type=int, help="processes that read images; 0: this one")
     parser.add_argument("--save-images", default=0, type=int, metavar="N", help="draw the first N predictions")
     parser.add_argument(
         "--skip-unreadable", action=switch, default=False, help="go on without items that cannot be read"
@@ -129,7 +147,12 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
         parser.add_argument(
             "--augment", action=switch, default=False, help="mirror at random; features are computed each step"
         )
-        parser.add_argument("--cache-gb", default=defaults.cache_gb, type=float, help="RAM for frozen features")
+        parser.add_argument(
+            "--cache-gb",
+            default=defaults.cache_gb,
+            type=float,
+            help="RAM for frozen features, or they are computed each step",
+        )
         parser.add_argument(
             "--resume", action=switch, default=False, help="go on with a head training that was stopped"
         )
@@ -311,6 +334,7 @@ def run_one(
         "images_per_second": round((result.images or len(result.rows)) / max(score_seconds, 1e-9), 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "matmul": choose_matmul(arguments.matmul, device),
+        "bf16": use_bfloat16(options.bf16, device),
         "torch": torch.__version__,
         "environment": environment(options.seed, device),
         **result.about,

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_value.backbones import Backbone, Features
 from dino_value.data.labelled import LabelledDataset, LabelledSource
 from dino_value.errors import UserError
-from dino_value.eval.base import HeadOptions, Options, pick_device
+from dino_value.eval.base import HeadOptions, Options, pick_device, use_bfloat16
 from dino_value.track import follow
 
 Reader = Callable[[Features], Tensor]
@@ -34,6 +34,9 @@ class Items(Protocol):
 
 FIXED = -1
 """The seed by which `Items` are asked for what is the same under every seed; where nothing is, they raise `Varies`."""
+
+TOKENS = 4096
+"""Of a forward pass, for each thread of a CPU: more do not stay in its caches, and take longer (docs/speed.md)."""
 
 
 class Varies(Exception):
@@ -61,13 +64,23 @@ class FrozenBackbone:
     def __init__(self, backbone: Backbone, read: Reader, options: Options) -> None:
         self.backbone, self.read, self.blocks = backbone, read, options.blocks
         self.device = pick_device(options.device)
-        self.bf16 = options.bf16 and self.device.type == "cuda"
+        self.bf16 = use_bfloat16(options.bf16, self.device)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images uint8 [B 3 H W] to float32 features on the device."""
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            features = last_blocks(self.backbone, self.normalised(images), self.blocks)
-            return self.read(features).float()
+            parts = [
+                self.read(last_blocks(self.backbone, self.normalised(part), self.blocks)).float()
+                for part in images.split(self.most(images))
+            ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def most(self, images: Tensor) -> int:
+        """How many of these go through the backbone at once."""
+        if self.device.type == "cuda":
+            return len(images)
+        tokens = images.shape[-2] * images.shape[-1] // self.backbone.patch_size**2
+        return max(1, int(TOKENS * torch.get_num_threads() / max(1, tokens)))
 
     def normalised(self, images: Tensor) -> Tensor:
         return self.backbone.normalise(images.to(self.device, non_blocking=True))

@@ -169,7 +169,7 @@ def flags(parser: Any) -> None:
 
 EVALUATION = common.Evaluation(
     name="knn",
-    description="k nearest neighbours on frozen features.",
+    description="Classification by the k nearest neighbours, nothing to train: top-1.",
     layout="imagefolder",
     defaults=KNNOptions(),
     open=command.open_pair("imagefolder"),

@@ -302,7 +302,7 @@ def _picture(index: int, image: Tensor, label: int, guess: int, names: Sequence[
 
 def flags(parser: Any) -> None:
     defaults = EVALUATION.defaults
-    parser.add_argument("--head", default=defaults.head, choices=list(HEADS))
+    parser.add_argument("--head", default=defaults.head, choices=list(HEADS), help="what is trained")
     parser.add_argument("--pool", default=defaults.pool, choices=list(POOLS), help="class token, mean patch, or both")
     parser.add_argument(
         "--lrs", default=defaults.lrs, type=float, nargs="+", help="choose among these on a tenth of the training split"
@@ -318,7 +318,7 @@ def flags(parser: Any) -> None:
 
 EVALUATION = common.Evaluation(
     name="linear",
-    description="Linear classification on frozen features.",
+    description="Classification by a linear head on frozen features, or with the last blocks: top-1.",
     layout="imagefolder",
     defaults=LinearOptions(),
     open=command.open_pair("imagefolder"),

@@ -194,10 +194,10 @@ def fit_pipeline(pipeline: Sequence[Any], options: SegOptions) -> list[Any]:
     """A pipeline at the sizes of the options: short side and crop to slide, stretched for whole images."""
     height, width = options.size
     if options.inference == "whole":
-        size: dict[str, Any] = {"scale": (width, height), "keep_ratio": False}
+        size: dict[str, Any] = {"scale": (width, height), "keep_ratio": False, "backend": "pillow"}
         random_size = dict(type="Resize", **size)
     else:
-        size = {"scale": (UNBOUNDED, min(options.size)), "keep_ratio": True}
+        size = {"scale": (UNBOUNDED, min(options.size)), "keep_ratio": True, "backend": "pillow"}
         random_size = dict(type="RandomResize", ratio_range=tuple(options.random_scale), **size)
     changed = {
         "Resize": dict(type="Resize", **size),

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from dino_value.backbones import Backbone, Hidden, load_backbone
 from dino_value.data.ade20k import INFO_NAME, read_class_names
+from dino_value.data.folders import read_image
 from dino_value.errors import Interrupted, UserError
+from dino_value.eval.base import use_bfloat16
 from dino_value.heads import IGNORE, LinearBNSegHead, feature_map
 
 COMPILED = "mmcv._ext"
@@ -72,7 +74,7 @@ class DinoValueBackbone(BaseModule):
         model: timm name, for a file that does not name its architecture.
         out_indices: blocks whose patches are returned, each after the final norm; negative ones count from the end.
         frozen: no gradients, and eval mode throughout.
-        bf16: run a frozen backbone in bfloat16, on CUDA only.
+        bf16: run a frozen backbone in bfloat16; None: on CUDA, not on a CPU.
         img_size: what a table of positions is made for, if the weights bring none.
 
     Raises:
@@ -85,7 +87,7 @@ class DinoValueBackbone(BaseModule):
         model: str | None = None,
         out_indices: Sequence[int] = (-1,),
         frozen: bool = True,
-        bf16: bool = True,
+        bf16: bool | None = None,
         img_size: int = 512,
         init_cfg: Any = None,
     ) -> None:
@@ -119,7 +121,7 @@ class DinoValueBackbone(BaseModule):
         """RGB images in 0 … 255, float [B 3 H W], to a map [B D h w] for each of `out_indices`."""
         if not self.frozen:
             return self._maps(images)
-        lowered = self.bf16 and images.is_cuda
+        lowered = use_bfloat16(self.bf16, images.device)
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=lowered):
             return self._maps(images)
 
@@ -175,6 +177,20 @@ class ChallengeADE20K(ADE20KDataset):
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             paths = [self.get_data_info(idx)[key] for key in ("img_path", "seg_map_path")]
             raise UserError(f"{' or '.join(paths)} cannot be read ({error})") from None
+
+
+@TRANSFORMS.register_module()
+class ReadImage:
+    """Our reader in place of LoadImageFromFile, which clips 16 bits and lays a grey ground under transparent pixels.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+
+    def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
+        image = read_image(results["img_path"]).numpy()[::-1]  # OpenCV's order of colours
+        size = image.shape[1:]
+        return {**results, "img": np.ascontiguousarray(image.transpose(1, 2, 0)), "img_shape": size, "ori_shape": size}
 
 
 @TRANSFORMS.register_module()

@@ -348,7 +348,7 @@ def describe(data: Gallery) -> dict[str, Any]:
 
 def flags(parser: Any) -> None:
     defaults = EVALUATION.defaults
-    parser.add_argument("--set", choices=SETS, help="revisited Oxford or Paris; else --data is an ImageFolder")
+    parser.add_argument("--set", choices=SETS, help="revisited Oxford or Paris, in --data; else it is an ImageFolder")
     parser.add_argument(
         "--group-pattern",
         metavar="REGEX",
@@ -359,7 +359,7 @@ def flags(parser: Any) -> None:
 
 EVALUATION = common.Evaluation(
     name="retrieval",
-    description="Retrieval by frozen features.",
+    description="Retrieval by frozen features, revisited Oxford and Paris or an ImageFolder: mAP.",
     layout="imagefolder",
     defaults=RetrievalOptions(),
     open=open_gallery,

@@ -306,7 +306,7 @@ class _Tally:
                 valid = (labels != IGNORE).sum()
                 self.loss += segmentation_loss(logits, labels).double() * valid
                 self.pixels += valid
-                prediction = logits.argmax(1)
+                prediction = logits.max(1).indices  # on a CPU twice as fast as argmax
                 self.count(confusion_matrices(prediction, labels, self.classes))
                 self.keep(prediction)
 
@@ -321,7 +321,7 @@ class _Tally:
                 logits.flatten(0, 1), truth.flatten(), ignore_index=IGNORE, reduction="sum"
             ).double()
             self.pixels += (truth != IGNORE).sum()
-            prediction.append(logits.argmax(2)[None].to(torch.uint8 if self.classes <= 256 else torch.int32))
+            prediction.append(logits.max(2).indices[None].to(torch.uint8 if self.classes <= 256 else torch.int32))
             confusion += confusion_matrices(prediction[-1].long(), truth, self.classes)
             top += len(logits)
         self.count(confusion)
@@ -410,7 +410,12 @@ def told_apart(names: Sequence[str]) -> list[str]:
 def flags(parser: Any) -> None:
     defaults, switch = EVALUATION.defaults, argparse.BooleanOptionalAction
     heads = list(dict.fromkeys(head for known in BACKENDS.values() for head in known))
-    parser.add_argument("--head", default=defaults.head, choices=heads, help="conv: own only, upernet: mmseg only")
+    parser.add_argument(
+        "--head",
+        default=defaults.head,
+        choices=heads,
+        help="linear batch-norm; conv: own backend only; upernet: mmseg only",
+    )
     parser.add_argument(
         "--backend", default=defaults.backend, choices=list(BACKENDS), help="who trains and scores; see docs/mmseg.md"
     )
@@ -427,7 +432,7 @@ def flags(parser: Any) -> None:
 
 EVALUATION = common.Evaluation(
     name="seg",
-    description="Segmentation on frozen features.",
+    description="Segmentation by a light head on frozen patch features: mean IoU.",
     layout="ade20k",
     defaults=SegOptions(),
     open=command.open_pair("ade20k"),

@@ -51,7 +51,7 @@ from dino_value.eval.benchmarks.timing import (
     write_data,
 )
 from dino_value.linear import choose_matmul, linear, use_onednn
-from dino_value.process import choose_device, use_bfloat16
+from dino_value.process import bfloat16, choose_device, use_bfloat16
 from dino_value.steps import Views
 
 # Constant, so that the loops differ in nothing but the code.
@@ -223,14 +223,21 @@ def measure_evaluation(options: argparse.Namespace) -> dict[str, Any]:
     backbone = create_backbone(config.backbone.name, options.window, config.backbone.kwargs)
     count, window, large = options.images, options.window, tuple(options.large)
     source = inference.segmentation_source(window, 2 * window, max(2, count // 8))
+    low = bfloat16(options.precision, device)
     plain = inference.Segmentation(backbone, source, window, options.device)
     # The others' backbone keeps torch's products; a copy has ours.
-    ours = inference.Segmentation(quick_copy(backbone, device), source, window, options.device)
+    ours = inference.Segmentation(quick_copy(backbone, device), source, window, options.device, bf16=low)
+    single = "segmentation, one window at a time"
     cases = [
         inference.case("segmentation, ours, fast", ours.ours),
         inference.case("segmentation, ours", plain.ours),
-        inference.case("segmentation, one window at a time", plain.one_at_a_time),
+        inference.case(single, plain.one_at_a_time),
     ]
+    targets = [Target("segmentation, ours, fast", single, 2.0), Target("segmentation, ours", single)]
+    if low:
+        lowered = inference.Segmentation(backbone, source, window, options.device, bf16=True)
+        cases.append(inference.case(f"{single}, bf16", lowered.one_at_a_time))
+        targets.append(Target("segmentation, ours, fast", f"{single}, bf16", 2.0))
     size = configure(options).views.global_size
     small = create_backbone(config.backbone.name, size, config.backbone.kwargs)
     fit = inference.Linear(small, size, count, options.device)
@@ -248,14 +255,10 @@ def measure_evaluation(options: argparse.Namespace) -> dict[str, Any]:
         rows[case.name] = {"seconds": seconds[case.name], **found, "rate": done / found["median"]}
         if case in cases:
             rows[case.name]["peak_bytes"] = peak_memory(case, device).tensors
-    targets = [
-        Target("segmentation, ours, fast", "segmentation, one window at a time", 2.0),
-        Target("segmentation, ours", "segmentation, one window at a time"),
-        Target("linear, features kept", "linear, features anew each epoch", 5.0),
-    ]
+    targets.append(Target("linear, features kept", "linear, features anew each epoch", 5.0))
     # In windows of its own pixels, not scaled to the protocol's size.
     picture, scale = inference.segmentation_source(large[1], large[0], 1), min(large) / window
-    image = inference.Segmentation(ours.extractor.backbone, picture, window, options.device, scale)
+    image = inference.Segmentation(ours.extractor.backbone, picture, window, options.device, scale, low)
     memory = peak_memory(inference.case("large image", image.ours), device)
     return {
         "rows": rows,
@@ -355,7 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", default=len(os.sched_getaffinity(0)), type=int, help="of the CPU")
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: the processor's time, of one thread")
     parser.add_argument("--device", default="auto", help="cpu, cuda, …")
-    parser.add_argument("--precision", default="auto", help="of our best row: auto, bf16 or fp32")
+    parser.add_argument("--precision", default="auto", help="of our best and fast rows: auto, bf16 or fp32")
     parser.add_argument("--fast", action="append", metavar="key=value", help="settings of our fast row, float32")
     parser.add_argument("--best", action="append", metavar="key=value", help="settings of our best row")
     parser.add_argument(
@@ -388,7 +391,8 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     check_clock(options.clock, options.threads, device)
-    packages = ("torch", "timm", *(() if "lightly" in options.without else ("lightly",)))
+    beside = "training" in options.tables and "lightly" not in options.without
+    packages = ("torch", "timm", *(("lightly",) if beside else ()))
     about = {
         "processor": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "fast": options.fast or FAST,

@@ -19,18 +19,19 @@ warmup = 1_000
 data_preprocessor = dict(type="SegDataPreProcessor", bgr_to_rgb=True, size=crop_size, pad_val=0, seg_pad_val=255)
 model = dict(type="EncoderDecoder", data_preprocessor=data_preprocessor, train_cfg=dict())
 
+# Pillow's bilinear has antialiasing; OpenCV's, which is mmsegmentation's default, has none (docs/mmseg.md).
 train_pipeline = [
-    dict(type="LoadImageFromFile", imdecode_backend="pillow"),
+    dict(type="ReadImage"),
     dict(type="LoadAnnotations"),
     dict(type="CheckLabels"),
-    dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True),
+    dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True, backend="pillow"),
     dict(type="RandomCrop", crop_size=crop_size),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [
-    dict(type="LoadImageFromFile", imdecode_backend="pillow"),
-    dict(type="Resize", scale=(2048, 512), keep_ratio=True),
+    dict(type="ReadImage"),
+    dict(type="Resize", scale=(2048, 512), keep_ratio=True, backend="pillow"),
     dict(type="LoadAnnotations"),  # after Resize: scored at the labels' own resolution
     dict(type="CheckLabels"),
     dict(type="PackSegInputs"),

@@ -117,6 +117,8 @@ def check_data(
             if near is not None:
                 raise
             notes.append(f"near-duplicates were not looked for: {error}")
+    if chosen == "images" and unlabeled is None:
+        notes += inner_sets(root)
     parts, seen = [], {}
     for name, opener in openers(root, chosen, unlabeled).items():
         part, found = _inspect(name, opener, look)
@@ -137,7 +139,7 @@ def recognise(root: str) -> CheckLayout:
         UserError: no such folder.
     """
     path = Path(root)
-    if is_shards(root) and not path.is_dir():
+    if not path.is_dir() and is_shards(root):
         return "images"
     if not path.is_dir():
         raise UserError(f"{root}: no such folder")
@@ -148,6 +150,17 @@ def recognise(root: str) -> CheckLayout:
     if any(next(path.glob(pattern), None) for pattern in ("gnd_*.pkl", "*/gnd_*.pkl")):
         return "revisited"
     return "imagefolder" if (path / "train").is_dir() and (path / "val").is_dir() else "images"
+
+
+def inner_sets(root: str) -> list[str]:
+    """A hint for each folder directly under `root` that is a labelled set of its own."""
+    folders = sorted(path for path in Path(root).glob("*") if path.is_dir())
+    layouts = [(path, recognise(str(path))) for path in folders]
+    return [
+        f"{path} is a labelled set ({layout}), read here as images: check it by itself"
+        for path, layout in layouts
+        if layout != "images"
+    ]
 
 
 class _Files:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dino_value.data.labelled import Kind, Split, file_groups
@@ -81,10 +81,12 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     Greyscale, palette and CMYK are converted, an alpha channel is dropped, 16-bit greyscale is scaled to 8.
 
     Raises:
-        UserError: as `decoded`, or pixels in floating point, which have no agreed range.
+        UserError: as `decoded`, or pixels in floating point or of 32 bits, which have no agreed range.
     """
     with decoded(path) as image:
         upright = ImageOps.exif_transpose(image)
+        if upright.mode == "I" and image.format == "TIFF":
+            raise ValueError("pixels of 32 bits have no agreed range")
         if upright.mode.startswith("I"):  # I;16 is 16-bit grey, and I what some decoders make of it
             grey = np.asarray(upright, dtype=np.int64)
             upright = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
@@ -123,6 +125,8 @@ def read_depth(path: str | os.PathLike[str], scale: float = 1000.0) -> Tensor:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text names the file once more, or a buffer
+        return "its content is of no known image format"
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

@@ -202,12 +202,17 @@ class _PlainUnpickler(pickle.Unpickler):
         return _KNOWN[module, name]
 
 
-def _plain(tree: Any) -> Any:
-    """`tree` with real arrays in place of the stand-ins."""
-    if isinstance(tree, _Array):
-        return tree.value
-    if isinstance(tree, _DType):
-        return tree.value
-    if isinstance(tree, dict):
-        return {_plain(key): _plain(value) for key, value in tree.items()}
-    return type(tree)(_plain(item) for item in tree) if isinstance(tree, (list, tuple)) else tree
+def _plain(tree: Any, done: dict[int, Any] | None = None) -> Any:
+    """`tree` with real arrays in place of the stand-ins; what is shared in it stays shared, or a small file could
+    unfold without end."""
+    done = {} if done is None else done
+    if id(tree) not in done:
+        found = tree
+        if isinstance(tree, (_Array, _DType)):
+            found = tree.value
+        elif isinstance(tree, dict):
+            found = {_plain(key, done): _plain(value, done) for key, value in tree.items()}
+        elif isinstance(tree, (list, tuple)):
+            found = type(tree)(_plain(item, done) for item in tree)
+        done[id(tree)] = found
+    return done[id(tree)]

@@ -40,13 +40,20 @@ class Segmentation:
     Args:
         window: side of the windows, pixels; they are two thirds of it apart.
         scale: of the images' shorter side over the window's; 1 is the protocol's.
+        bf16: the backbone in bfloat16.
     """
 
     def __init__(
-        self, backbone: Backbone, source: LabelledTensors, window: int, device: str, scale: float = 1.0
+        self,
+        backbone: Backbone,
+        source: LabelledTensors,
+        window: int,
+        device: str,
+        scale: float = 1.0,
+        bf16: bool = False,
     ) -> None:
         self.source = source
-        self.options = seg.SegOptions(size=(window, window), device=device, scales=(scale,))
+        self.options = seg.SegOptions(size=(window, window), device=device, scales=(scale,), bf16=bf16)
         self.extractor = common.FrozenBackbone(backbone, seg.read_map, self.options)
         backbone.to(self.extractor.device).eval()
         head = common.seeded(lambda: build_head(seg.HEADS["linear"], backbone.embed_dim, CLASSES), 0)

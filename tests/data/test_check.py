@@ -139,6 +139,13 @@ def test_layouts_are_recognised(ade_root: Path, nyu_root: Path, folders: Path, t
         recognise(str(tmp_path / "nowhere"))
 
 
+def test_sets_inside_a_folder_of_images_are_named(folders: Path) -> None:
+    report = check_data(str(folders.parent), near=-1)
+    assert report.layout == "images"
+    assert report.notes == [f"{folders} is a labelled set (imagefolder), read here as images: check it by itself"]
+    assert check_data(str(folders / "train"), near=-1).notes == []
+
+
 def test_without_imagehash_the_extra_is_named(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imagehash", None)
     report = check_data(str(folders))

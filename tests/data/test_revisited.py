@@ -104,6 +104,15 @@ def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
             read_plain_pickle(path)
 
 
+def test_a_small_file_does_not_unfold_without_end(root: Path) -> None:
+    shared: list[Any] = []
+    for _ in range(200):  # 2**200 empty lists, were they told apart
+        shared = [shared, shared]
+    write(root, shared)
+    with pytest.raises(UserError, match=rf"gnd_{NAME}\.pkl: not the ground truth"):
+        open_revisited(root, NAME)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", pickle.dumps(ground_truth())[:60]])
 def test_damaged_pickle(root: Path, content: bytes) -> None:
     write(root, content)

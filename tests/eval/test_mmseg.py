@@ -136,8 +136,8 @@ def both(backbone: Backbone, data: Pair, options: seg.SegOptions, folder: Path) 
     [
         ((32, 32), "whole", 1e-4),
         ((32, 75), "slide", 1e-4),  # windows, the last flush with the end
-        ((40, 52), "slide", 0.02),  # scaled, by two libraries
-        ((20, 24), "whole", 0.02),
+        ((96, 136), "slide", 1e-3),  # scaled, by two libraries: a grey level here and there
+        ((20, 24), "whole", 3e-3),  # logits to the labels' resolution at once, or by way of the image's
     ],
 )
 def test_same_head_same_scores(
@@ -146,11 +146,27 @@ def test_same_head_same_scores(
     data = opened(write_squares(tmp_path / "data", native))
     options = replace(OWN, inference=inference, stride=16)
     ours, theirs = both(backbone, data, options, tmp_path / "work")
-    assert ours.metrics["miou"] > 0.4
+    assert ours.metrics["miou"] > 0.2
     assert theirs.metrics == pytest.approx(ours.metrics, abs=tolerance)
     pixels = native[0] * native[1]
     assert theirs.rows.shape == ours.rows.shape
     assert float((theirs.rows - ours.rows).abs().max()) <= 10 * tolerance * pixels
+
+
+@pytest.mark.usefixtures("parts")
+def test_resizing_without_antialiasing_is_what_differs(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mmsegmentation's own default, in place of the Pillow that our configs ask for."""
+    fit = mmseg_backend.fit_pipeline
+    monkeypatch.setattr(
+        mmseg_backend,
+        "fit_pipeline",
+        lambda *given: [{key: value for key, value in step.items() if key != "backend"} for step in fit(*given)],
+    )
+    data = opened(write_squares(tmp_path / "data", (96, 136)))
+    ours, theirs = both(backbone, data, replace(OWN, stride=16), tmp_path / "work")
+    assert abs(ours.metrics["aacc"] - theirs.metrics["aacc"]) > 5e-3
 
 
 # --- training
@@ -342,7 +358,7 @@ def test_labels_are_read_as_ours(parts: ModuleType, squares: Path) -> None:
         data_root=str(squares),
         data_prefix={"img_path": "images/validation", "seg_map_path": "annotations/validation"},
         img_suffix=".png",
-        pipeline=[{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}],
+        pipeline=[{"type": "ReadImage"}, {"type": "LoadAnnotations"}],
     )
     source = opened(squares)[1]
     assert list(dataset.metainfo["classes"]) == NAMES
@@ -351,6 +367,17 @@ def test_labels_are_read_as_ours(parts: ModuleType, squares: Path) -> None:
         image, labels = source.load(index)
         assert np.array_equal(dataset[index]["gt_seg_map"], labels)
         assert np.array_equal(dataset[index]["img"][..., ::-1], image.movedim(0, -1))
+
+
+def test_odd_images_are_read_as_ours(parts: ModuleType, tmp_path: Path) -> None:
+    """Alpha is dropped, 16 bits are scaled: LoadImageFromFile lays a grey ground, and clips."""
+    grey = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(np.dstack([grey, grey, grey, grey])).save(tmp_path / "alpha.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("alpha", "deep"):
+        found = parts.ReadImage()({"img_path": str(tmp_path / f"{name}.png")})
+        assert np.array_equal(found["img"], np.dstack([grey, grey, grey]))
+        assert found["img_shape"] == found["ori_shape"] == (16, 16)
 
 
 def test_a_compiled_operator_says_what_is_missing(parts: ModuleType) -> None:
@@ -420,7 +447,7 @@ def test_data_without_counterpart(backbone: Backbone, squares: Path, tmp_path: P
     [
         ("size", 0, r"00\.png: 16x32 pixels, but its image has 32x32; they must agree$"),
         ("id", 1, r"^\S*00\.png: label id 5 is outside 0…4$"),
-        ("image", 0, r"00\.png cannot be read \(cannot identify image file"),
+        ("image", 0, r"00\.png: cannot be read as an image \(its content is of no known image format\)"),
     ],
 )
 def test_unfit_files(backbone: Backbone, tmp_path: Path, damage: str, workers: int, message: str) -> None:

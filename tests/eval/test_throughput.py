@@ -133,6 +133,16 @@ def test_the_command(tmp_path: Path, forked: None, capsys: pytest.CaptureFixture
     assert large["whole_logits_bytes"] == 4 * 150 * 100 * 70
 
 
+def test_evaluation_alone_needs_no_lightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(throughput.metadata, "version", lambda name: asked.append(name) or "1")
+    monkeypatch.setattr(throughput, "measure_evaluation", lambda options: {})
+    monkeypatch.setattr(throughput, "report_evaluation", lambda result, console: None)
+    arguments = ["--tiny", "--batch=4", "--device=cpu", f"--threads={torch.get_num_threads()}", "--tables=evaluation"]
+    assert throughput.main(arguments) == 0
+    assert asked == ["torch", "timm"]
+
+
 def test_a_row_that_refuses_is_one_line(options: argparse.Namespace, forked: None) -> None:
     row = loops.Setting("ours", "ours", throughput.configure(options, "optim.batch_size=64"))
     with pytest.raises(UserError, match="4 images are fewer than a batch of 64"):
