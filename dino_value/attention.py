@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dino_value.blocks import Attend, Queries
 from dino_value.errors import UserError
@@ -81,6 +83,30 @@ _FIXES = {
 def wants_math() -> bool:
     """Has the caller ruled out fused kernels, with `sdpa_kernel(MATH)`, as one does to differentiate twice?"""
     return not (torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled())
+
+
+_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class AsNow:
+    """The kernels that torch may choose from as this is made, again: a checkpointed block must be run a second time as
+    it was the first, though a reference that rules out fused kernels asks for it."""
+
+    def __init__(self) -> None:
+        self._kernels = [SDPBackend.MATH] if wants_math() else _KERNELS
+        self._inside: list[contextlib.AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._inside.append(sdpa_kernel(self._kernels))
+        self._inside[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inside.pop().__exit__(*error)
 
 
 def probe(kind: str, device: torch.device, head_dim: int = 64, dtype: torch.dtype | None = None) -> str | None:

@@ -7,7 +7,9 @@ blocks.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import functools
 import json
 import os
 import sys
@@ -23,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dino_value.attention import choose, kernel, wants_math
-from dino_value.blocks import apply_block, class_attention, compiled_block, unknown
+from dino_value.attention import AsNow, choose, kernel, wants_math
+from dino_value.blocks import apply_block, class_attention, compiled_block, is_unit, run_in, unknown
 from dino_value.errors import UserError
 from dino_value.files import replacing
 from dino_value.weight_files import read_header, read_weights, with_checksum
@@ -141,7 +143,9 @@ class Backbone(nn.Module):
         """
         given = x if isinstance(x, list) else [x]
         states = [self._embed(part, replace) if isinstance(part, Tensor) else part for part in given]
-        together = [states] if self.attention == "varlen" else [[state] for state in states]
+        # Varlen attention wants them so, and of a block that is spread over processes one gathering does for all.
+        once = self.attention == "varlen" or all(is_unit(block) for block in self.model.blocks)
+        together = [states] if once else [[state] for state in states]
         results = [result for group in together for result in self._run(group, start, stop, cls_only)]
         return results if isinstance(x, list) else results[0]
 
@@ -167,8 +171,8 @@ class Backbone(nn.Module):
         return Features(tokens[:, 0] if self.has_cls else patches.mean(1), patches, grid)
 
     def configure(self, settings: Any, device: torch.device, bfloat16: bool = False) -> None:
-        """Run as the configuration's section `backbone` says (`attention`, `drop_path_mode`, `compile`); `auto` says on
-        stderr what it took.
+        """Run as the configuration's section `backbone` says (`attention`, `drop_path_mode`, `compile`,
+        `checkpointing`); `auto` says on stderr what it took.
 
         Raises:
             UserError: see `set_attention` and `set_drop_path`.
@@ -178,6 +182,7 @@ class Backbone(nn.Module):
             print(said, file=sys.stderr)
         self.set_drop_path(settings.drop_path_mode)
         self.compiled = settings.compile
+        self.model.set_grad_checkpointing(settings.checkpointing)
 
     def set_attention(self, kind: str, device: torch.device | None = None, bfloat16: bool = False) -> str:
         """How attention is computed, the same function whichever way; a line for the log, '' if there was no choice.
@@ -271,11 +276,14 @@ class Backbone(nn.Module):
         ropes = [None if state.rope is None else state.rope[index] if mixed else state.rope for state in states]
         # Above timm's own forward, only where that cannot do it.
         attend = None
-        if first or len(tokens) > 1 or self.subset or self.attention not in ("sdpa", "math"):
+        timm_can = not first and len(tokens) == 1 and not self.subset and self.attention in ("sdpa", "math")
+        if not timm_can or is_unit(block):
             attend = kernel(self.attention, block.attn)
         run = compiled_block() if self.compiled and not wants_math() else apply_block
         given = (block, list(tokens), ropes, attend, first, self.subset)
-        found: list[Tensor] = checkpoint(run, *given, use_reentrant=False) if self._checkpoints(index) else run(*given)
+        if self._checkpoints(index):
+            run = functools.partial(checkpoint, run, use_reentrant=False, context_fn=_as_now)
+        found: list[Tensor] = run_in(block, run, *given)
         return found
 
     def _checkpoints(self, index: int) -> bool:
@@ -304,6 +312,11 @@ class Backbone(nn.Module):
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
         return (images - self._mean.to(images.device)) / self._std.to(images.device)
+
+
+def _as_now() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """Contexts of a checkpointed pass and of its repetition."""
+    return contextlib.nullcontext(), AsNow()
 
 
 def create_backbone(
@@ -441,13 +454,20 @@ def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mappi
 
 
 def backbone_weights(
-    backbone: Backbone, extra: Mapping[str, str] | None = None
+    backbone: Backbone, extra: Mapping[str, str] | None = None, learner: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `save_backbone` writes: timm-keyed tensors, those of a CPU not copied, and the header."""
+    """What `save_backbone` writes: timm-keyed tensors, those of a CPU not copied, and the header.
+
+    Args:
+        learner: where the tensors are, if not in the backbone: the state of a learner that has it.
+    """
     metadata = {"model": backbone.name, "kwargs": json.dumps(backbone.kwargs), **(extra or {})}
     if backbone.positions != TIMM:
         metadata["positions"] = json.dumps(backbone.positions)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in backbone.model.state_dict().items()}
+    given = backbone.model.state_dict()
+    if learner is not None:
+        given = {name: learner[f"backbone.model.{name}"] for name in given}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in given.items()}
     return tensors, metadata
 
 

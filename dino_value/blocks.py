@@ -47,8 +47,8 @@ Attend = Callable[[Sequence[Queries], float], Sequence[Tensor]]
 
 def unknown(block: nn.Module) -> str | None:
     """What keeps `run_block` from running a block as timm would; None if nothing does."""
-    if type(block) not in (Block, EvaBlock):
-        return f"its blocks are {type(block).__name__}"
+    if kind(block) not in (Block, EvaBlock):
+        return f"its blocks are {kind(block).__name__}"
     attention: Any = block.attn
     if type(attention) not in (Attention, AttentionRope, EvaAttention):
         return f"its attention is {type(attention).__name__}"
@@ -64,10 +64,33 @@ def unknown(block: nn.Module) -> str | None:
         if part is not None and type(part) not in (LayerScale, nn.Identity):
             return f"its scale is {type(part).__name__}"
     # Of modules that are not called as modules here.
-    hooked = [block, attention, attention.qkv, block.drop_path1, block.drop_path2]
+    hooked = [None if is_unit(block) else block, attention, attention.qkv, block.drop_path1, block.drop_path2]
     if any(part is not None and _has_hooks(part) for part in hooked):
         return "it has hooks"
     return None
+
+
+def as_unit(block: Any) -> None:
+    """Give a block that is to be sharded (sharding.py) the method by which `run_in` runs it: FSDP's hooks, which gather
+    its parameters, go around that. FSDP changes its class, too."""
+    block.kind = type(block)
+    block.through = lambda function, *arguments: function(*arguments)
+
+
+def is_unit(block: nn.Module) -> bool:
+    """Whether `as_unit` has seen it."""
+    return "through" in block.__dict__
+
+
+def kind(block: nn.Module) -> type:
+    """A block's class, whatever sharding has made of it."""
+    found: type = block.__dict__.get("kind", type(block))
+    return found
+
+
+def run_in(block: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), which reads the block's parameters."""
+    return block.through(function, *arguments) if is_unit(block) else function(*arguments)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -207,7 +230,7 @@ def class_attention(block: Any, tokens: Tensor, rope: Tensor | None) -> Tensor:
 
 
 def _scaled(block: Any, branch: int, values: Tensor) -> Tensor:
-    if type(block) is Block:
+    if kind(block) is Block:
         return getattr(block, f"ls{branch}")(values)
     gamma = getattr(block, f"gamma_{branch}")
     return values if gamma is None else gamma * values

@@ -75,6 +75,7 @@ class BackboneConfig:
     attention: str = "sdpa"  # or math: plain matrix products; xformers; varlen: all crop sizes in one pass; auto
     drop_path_mode: str = "timm"  # a mask; or subset: stochastic depth that leaves out the work, as DINOv2's
     compile: bool = False  # torch.compile, block by block
+    checkpointing: bool = False  # less memory for a third more work: the backward pass runs each block again
 
 
 @dataclass
@@ -268,6 +269,7 @@ class CheckpointConfig:
 class DistributedConfig:
     """Several processes, started by torchrun or a cluster's launcher (docs/scaling.md)."""
 
+    strategy: str = "ddp"  # each process holds all of the learner; or fsdp: its share of it, for less memory
     timeout: float = 600.0  # seconds that processes wait for each other, at the start and in a step; NCCL's default
 
 
@@ -348,6 +350,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "designer.teacher_views": ("masked", "plain"),
     "feedback.seg.head": ("linear", "conv"),
     "feedback.depth.head": ("linear",),
+    "distributed.strategy": ("ddp", "fsdp"),
 }
 _TASK_AT_LEAST = (("weight", 0), ("train", 1), ("meta", 1), ("held", 0))
 _AT_LEAST: dict[str, float] = {

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.checkpoint import latest_checkpoint
-from dino_value.config import HealthConfig, TrackConfig, save_config
+from dino_value.config import DistributedConfig, HealthConfig, TrackConfig, save_config
 from dino_value.errors import UserError
 from dino_value.files import sweep, write_json
 from dino_value.track import read_metrics
@@ -92,9 +92,9 @@ _OURS = {
     "report_figures",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.
-_FREE = {"out", "device", "log_every", "data.workers", "distributed.timeout", "optim.skip_nonfinite"} | {
+_FREE = {"out", "device", "log_every", "data.workers", "optim.skip_nonfinite", "backbone.checkpointing"} | {
     f"{part}.{item.name}"
-    for part, schema in (("health", HealthConfig), ("track", TrackConfig))
+    for part, schema in (("health", HealthConfig), ("distributed", DistributedConfig), ("track", TrackConfig))
     for item in fields(schema)
 }
 

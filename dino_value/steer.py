@@ -26,6 +26,8 @@ from dino_value.objectives.interface import Draw, Objective, Parts, State
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.optim import FiniteGuard
 from dino_value.parts import WHOLE, Part
+from dino_value.sharding import Plain
+from dino_value.sharding import full as in_one_piece
 from dino_value.steps import Learner, SSLTask, Tail, Views, constant, design_views, make_views
 from dino_value.track import Meters
 from dino_value.value import (
@@ -71,8 +73,7 @@ class Steer:
     def __init__(
         self,
         config: Config,
-        student: Learner,
-        teacher: Learner,
+        plain: Plain,
         loss: Objective,
         optimizer: torch.optim.Optimizer,
         guard: FiniteGuard,
@@ -82,16 +83,17 @@ class Steer:
     ) -> None:
         self.config, self.guard, self.meters, self.autocast = config, guard, meters, autocast
         self.part = own_part()
-        self.device = device = next(student.parameters()).device
-        self.student, self.teacher, self.loss, self.optimizer = student, teacher, loss, optimizer
-        backbone = student.backbone
+        self.plain, self.student, self.teacher = plain, plain.student, plain.teacher
+        self.device = device = next(self.student.parameters()).device
+        self.loss, self.optimizer = loss, optimizer
+        backbone = self.student.backbone
         self.scope = open_scope(config, backbone, backbone.final_norm)
         check_sizes(config, backbone.patch_size)
         with refusing("value.combine"):
             check_method(config.value.combine)
 
         torch.manual_seed(key(config.seed, "designer"))
-        self.designer = open_designer(config, teacher)
+        self.designer = open_designer(config, self.teacher)
         self.designer_optimizer: torch.optim.Optimizer | None = None
         if self.designer is not None and config.learns_masks:
             phi = self.designer.parameters()
@@ -199,9 +201,10 @@ class Steer:
         since = step - v.burn_in
         if since >= 0 and since % v.period == 0:
             self._before = step, snapshot(self.state_dict())
-            for _ in range(1 + (v.warmup if since == 0 else 0)):
-                with self.autocast():
-                    self.update(step, temperature)
+            with self.plain.filled():
+                for _ in range(1 + (v.warmup if since == 0 else 0)):
+                    with self.autocast():
+                        self.update(step, temperature)
 
     def update(self, step: int, temperature: float) -> None:
         """One step of φ on −V + λR, on labelled train and meta batches and an unlabeled meta batch of their own.
@@ -313,9 +316,11 @@ class Steer:
         """The configured direction, bent by the guards, and kept for the closed forms."""
         name = self.config.value.direction
         if name == "adam":
-            named = dict(self.student.backbone.named_parameters())
+            learner, _ = self.plain.learners
+            named = dict(learner.backbone.named_parameters())
             state = AdamState.of(self.optimizer, [named[name] for name in self.scope.names])
-            base = adam(state, self.clip_scale)
+            means, squares = ([in_one_piece(part) for part in parts] for parts in (state.exp_avg, state.exp_avg_sq))
+            base = adam(state._replace(exp_avg=means, exp_avg_sq=squares), self.clip_scale)
         else:  # a random g_down is drawn above, from a generator of its own
             base = DIRECTIONS["dot" if name == "random" else name]
 

@@ -21,6 +21,7 @@ from dino_value.objectives.interface import Draw, Objective, Parts, State
 from dino_value.objectives.self_distillation import IBOT, Gram, HeadSizes, SelfDistillation
 from dino_value.optim import update_ema
 from dino_value.parts import WHOLE, Part
+from dino_value.sharding import shares
 from dino_value.value import Scope
 
 
@@ -295,4 +296,4 @@ class SSLTask:
 
 def update_teacher(student: Learner, teacher: Learner, momentum: float) -> None:
     """The teacher's moving average, parameters only: a ViT has no running statistics."""
-    update_ema(teacher.parameters(), student.parameters(), momentum)
+    update_ema(shares(teacher.parameters()), shares(student.parameters()), momentum)

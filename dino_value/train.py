@@ -52,6 +52,7 @@ from dino_value.parts import WHOLE
 from dino_value.process import choose_device, stop_requests, use_bfloat16
 from dino_value.replay import save_replay
 from dino_value.run_folder import prepare_folder, record_environment
+from dino_value.sharding import Plain, check_sharding, collect, full, shard, spread_state
 from dino_value.steer import Steer, not_finite
 from dino_value.steps import Learner, Views, build_objective, make_views, update_teacher
 from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
@@ -103,7 +104,7 @@ def _train(config: Config, quiet: bool, override: bool, until: int | None, stopp
 
         warnings += distributed.from_first(look)
         run.resume(state or load_checkpoint(folder))
-        if first and not is_whole(folder / WEIGHTS_NAME):
+        if distributed.from_first(lambda: not is_whole(folder / WEIGHTS_NAME)):
             run.save_weights(folder)
     for text in warnings if first else ():
         print(f"warning: {text}", file=sys.stderr)
@@ -136,8 +137,10 @@ def _train(config: Config, quiet: bool, override: bool, until: int | None, stopp
                 reporter.note(run.steer.notes.pop(0))
             last = run.step == config.steps
             values: dict[str, float] = {}
-            if checkup is not None and (run.step % config.health.every == 0 or last):
-                values |= checkup.measure(run.teacher.backbone, getattr(run.loss, "center", None))
+            if config.health.every and (run.step % config.health.every == 0 or last):
+                with run.plain.filled() as plain:
+                    if checkup is not None:
+                        values |= checkup.measure(plain.teacher.backbone, getattr(run.loss, "center", None))
             if run.step % config.log_every == 0 or last:
                 run.guard.check(wait=True)
             events = run.take_events()
@@ -197,7 +200,12 @@ class Run:
             for part in (self.student, self.loss):
                 use_onednn(part)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.whole = distributed.shared(self.student)
+        sharded = config.distributed.strategy == "fsdp" and distributed.world() > 1
+        if sharded:
+            check_sharding(config)
+        self.plain = Plain(self.student, self.teacher, sharded)
+        self.whole = shard(self.student, trains=True) if sharded else distributed.shared(self.student)
+        self.whole_teacher = shard(self.teacher, trains=False) if sharded else distributed.Whole(self.teacher)
         groups = parameter_groups(self.student, config.optim.layer_decay, config.optim.patch_embed_lr_mult)
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
 
@@ -218,8 +226,7 @@ class Run:
         if config.designs:
             self.steer = Steer(
                 config,
-                self.student,
-                self.teacher,
+                self.plain,
                 self.loss,
                 self.optimizer,
                 self.guard,
@@ -252,7 +259,7 @@ class Run:
         with torch.no_grad(), self.autocast():
             learned = views if steer is None else steer.learned_views(views, self.step)
             seen = learned if config.designer.teacher_views == "masked" else views
-            targets, logits = self.loss.teach(self.teacher, seen.large, temperature, draw)
+            targets, logits = self.whole_teacher(self.loss.teach, seen.large, temperature, draw)
             learned = learned if steer is None else steer.chosen_views(learned, targets)
         # Stochastic depth is a function of the step, like the data, and the same in every arm.
         torch.manual_seed(key(config.seed, "step", self.step, *([self.part.rank] if self.part != WHOLE else [])))
@@ -261,7 +268,7 @@ class Run:
             self.student.zero_last_layers()
         if self.step < config.optim.freeze_backbone:
             backbone.zero_grad()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.optim.clip)
+        gradient_norm = full(torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.optim.clip))
         self.set_schedules()
         named = {f"loss_{name}": part for name, part in parts.items()}
         self.watch(loss=loss, gradient_norm=gradient_norm, **(named if len(named) > 1 else {}))
@@ -402,20 +409,22 @@ class Run:
         """
         if not isinstance(state.get("objective"), dict):
             raise UserError(f"start_from={self.config.start_from}: not a checkpoint of this program; {FOREIGN}")
-        noted = fit_positions((self.student, self.teacher, self.loss), state, self.config.backbone.keep_grid)
-        if noted:
-            print(f"{self.config.start_from}: {noted}", file=sys.stderr)
-        for module, part in ((self.student, "teacher"), (self.teacher, "teacher"), (self.loss, "objective")):
-            try:
-                values = {name: value.float() for name, value in state[part].items()}
-                found = module.load_state_dict(values, strict=False)
-                odd = [*found.missing_keys, *found.unexpected_keys]
-                odd = [name for name in odd if name.split(".")[0] not in OPTIONAL]
-                if odd:
-                    raise RuntimeError(f"{len(odd)} tensors are in one of them only, {odd[0]} the first")
-            except RuntimeError as error:
-                source = f"start_from={self.config.start_from}"
-                raise UserError(f"{source}: {unlike(module, state[part], str(error))}") from None
+        with self.plain.filled(write=True) as plain:
+            modules = (plain.student, plain.teacher, self.loss)
+            noted = fit_positions(modules, state, self.config.backbone.keep_grid)
+            if noted:
+                print(f"{self.config.start_from}: {noted}", file=sys.stderr)
+            for module, part in zip(modules, ("teacher", "teacher", "objective"), strict=True):
+                try:
+                    values = {name: value.float() for name, value in state[part].items()}
+                    found = module.load_state_dict(values, strict=False)
+                    odd = [*found.missing_keys, *found.unexpected_keys]
+                    odd = [name for name in odd if name.split(".")[0] not in OPTIONAL]
+                    if odd:
+                        raise RuntimeError(f"{len(odd)} tensors are in one of them only, {odd[0]} the first")
+                except RuntimeError as error:
+                    source = f"start_from={self.config.start_from}"
+                    raise UserError(f"{source}: {unlike(module, state[part], str(error))}") from None
 
     def start_head(self, path: str) -> None:
         """Begin with the projection heads, and the centre, of a DINO or DINOv2 training checkpoint.
@@ -424,17 +433,20 @@ class Run:
             UserError: it has none, or of another size.
         """
         center = getattr(self.loss, "center", None)
-        print(load_head(path, self.student.head, self.teacher.head, center), file=sys.stderr)
+        with self.plain.filled(write=True) as plain:
+            print(load_head(path, plain.student.head, plain.teacher.head, center), file=sys.stderr)
 
     def save(self, folder: Path) -> None:
         """A checkpoint, and the teacher's backbone as timm-keyed weights."""
         self.guard.check(wait=True)
         self.meters.average()  # what process 0 saves is what all go on with
+        state = self.state_dict()
+        if self.plain.sharded:
+            state = collect(state)
         if not distributed.is_first():
             return
         c, step, best = self.config.checkpoint, self.step, self.best.step
-        tensors, header = backbone_weights(self.teacher.backbone, {"step": str(step)})
-        state = self.state_dict()
+        tensors, header = backbone_weights(self.teacher.backbone, {"step": str(step)}, state["teacher"])
         if c.background:
             tensors, state = snapshot((tensors, state), "cpu")
 
@@ -451,7 +463,9 @@ class Run:
     def save_weights(self, folder: Path) -> None:
         """The teacher's backbone as timm-keyed weights."""
         try:
-            save_backbone(folder / WEIGHTS_NAME, self.teacher.backbone, {"step": str(self.step)})
+            with self.plain.filled() as plain:
+                if distributed.is_first():
+                    save_backbone(folder / WEIGHTS_NAME, plain.teacher.backbone, {"step": str(self.step)})
         except OSError as error:
             raise _not_saved(folder, self.step, error) from None
 
@@ -476,12 +490,13 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        fit_positions((self.student, self.teacher, self.loss), state, keep_grid=True)
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
+        with self.plain.filled(write=True) as plain:
+            fit_positions((plain.student, plain.teacher, self.loss), state, keep_grid=True)
+            plain.student.load_state_dict(state["student"])
+            plain.teacher.load_state_dict(state["teacher"])
         self.loss.load_state_dict(state["objective"])
         self.loss.begin(self.step, self.teacher)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(spread_state(self.optimizer, state["optimizer"]))
         self.meters.load_state_dict(state["meters"], self.device)
         self.collapse.load_state_dict(state["collapse"])
         if "best" in state:  # not in checkpoints of before these were kept

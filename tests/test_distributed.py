@@ -24,10 +24,12 @@ from torch import Tensor
 
 from dino_value import distributed
 from dino_value.arguments import exit_code
+from dino_value.backbones import load_backbone
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config
 from dino_value.errors import EXIT_DONE, EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, UserError
 from dino_value.parts import WHOLE, Part
+from dino_value.sharding import collect
 from dino_value.track import read_metrics
 from dino_value.train import Run, train
 
@@ -45,6 +47,17 @@ CASES = {
     "weights": ["designer=weights", "value.radius=1e-2"],
     "I-JEPA": [*JEPA, "objective.ijepa.width=12", "objective.ijepa.heads=3", "objective.ijepa.depth=1"],
 }
+SHARD = ["distributed.strategy=fsdp"]
+SHARDED = {
+    "value": CASES["value"],
+    "double backward": CASES["double backward"],
+    "DINOv3": [*CASES["DINOv3"], "backbone.checkpointing=true"],
+    "I-JEPA": CASES["I-JEPA"],
+    "adam": ["value.direction=adam", "value.burn_in=1", "value.period=1", "value.engine=finite_difference"],
+    "frozen": ["method=baseline", "objective.freeze_last_layer=9", "optim.freeze_backbone=1", "optim.layer_decay=0.5"],
+    "accumulated": ["method=baseline", "optim.batch_size=8", "optim.accumulate=2"],
+    "bf16": ["precision=bf16", "value.engine=finite_difference"],
+}
 STEPS = 2
 
 
@@ -59,7 +72,7 @@ def steps(config: Config, count: int = STEPS) -> dict[str, Any]:
         name: {key: value.grad for key, value in module.named_parameters() if value.grad is not None}
         for name, module in modules.items()
     }
-    return {"gradients": gradients, "state": run.state_dict()}
+    return collect({"gradients": gradients, "state": run.state_dict()})
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -115,6 +128,8 @@ def child(rank: int, yaml: str, folder: str) -> None:
     found = {name: steps(load_config(yaml, [f"out={folder}/out", *case])) for name, case in CASES.items()}
     accumulated = [*CASES["value"], "optim.batch_size=8", "optim.accumulate=2"]
     found["accumulated"] = steps(load_config(yaml, [f"out={folder}/out", *accumulated]))
+    for name, case in SHARDED.items():
+        found[f"sharded {name}"] = steps(load_config(yaml, [f"out={folder}/out", *SHARD, *case]))
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -150,6 +165,27 @@ def test_two_processes_that_accumulate(both: list[dict[str, Any]], tiny: Callabl
     alone = steps(tiny(*CASES["value"], "optim.batch_size=8"))
     close(both[0]["accumulated"]["gradients"], alone["gradients"], 2e-3)
     close(both[0]["accumulated"]["state"]["student"], alone["state"]["student"], 2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SHARDED)
+def test_two_processes_that_share_the_learner_take_the_step_of_one(
+    both: list[dict[str, Any]], tiny: Callable[..., Config], case: str
+) -> None:
+    found = both[0][f"sharded {case}"]
+    whole = both[0][case] if case in CASES else steps(tiny(*SHARDED[case]))
+    assert found["gradients"].keys() == whole["gradients"].keys()
+    if case == "bf16":  # sums in another order agree to what this precision can
+        close(*({"loss": each["state"]["meters"]["sums"]["loss"]} for each in (found, whole)), 1e-2)
+        one, other = (torch.cat([g.flatten() for g in each["gradients"]["θ"].values()]) for each in (found, whole))
+        assert float((one - other).norm() / other.norm()) < 5e-2
+        return
+    close(found["gradients"], whole["gradients"], 2e-3)
+    sums = [{**each["state"]["meters"]["sums"], "engine_error": 0.0} for each in (found, whole)]
+    assert {"loss", "gradient_norm"} <= sums[0].keys()
+    close(*sums, 1e-3)
+    for part in ("student", "teacher", "objective", "optimizer"):
+        close(found["state"][part], whole["state"][part], 2e-3)
 
 
 ACCUMULATED = {
@@ -255,6 +291,34 @@ def test_a_stop_of_one_is_a_stop_of_all_and_goes_on_bit_for_bit(
     train(tiny(f"out={back}", *given, "checkpoint.every=2"), quiet=True)
     (back / "checkpoints" / "step_00000004.pt").unlink()
     assert start(*[[f"out={back}", *given]] * 2)[0] == [EXIT_DONE] * 2
+    close(load_checkpoint(back)["student"], load_checkpoint(whole)["student"], 2e-3)
+
+
+@pytest.mark.slow
+def test_a_shared_learner_goes_on_bit_for_bit_and_with_any_number(
+    start: Start, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    given = ["value.engine=finite_difference", "log_every=2", "health.every=2", "health.images=4"]
+    whole, cut, alone, back = (tmp_path / name for name in ("whole", "cut", "alone", "back"))
+    codes, said = start(*[[f"out={whole}", *given, *SHARD]] * 2)
+    assert codes == [EXIT_DONE] * 2, said
+    assert said == ["", ""]
+    for copied in (cut, alone):
+        shutil.copytree(whole, copied)
+        (copied / "checkpoints" / "step_00000004.pt").unlink()
+    (cut / "backbone.safetensors").unlink()
+    assert start(*[[f"out={cut}", *given, *SHARD]] * 2)[0] == [EXIT_DONE] * 2
+    same(load_checkpoint(cut), load_checkpoint(whole))
+    assert rows(cut) == rows(whole)
+    assert (cut / "backbone.safetensors").read_bytes() == (whole / "backbone.safetensors").read_bytes()
+    # One process holds all of it; and what it wrote, two share again.
+    train(tiny(f"out={alone}", *given), quiet=True)
+    for part in ("student", "teacher", "optimizer"):
+        close(load_checkpoint(alone)[part], load_checkpoint(whole)[part], 2e-3)
+    assert load_backbone(alone).model.state_dict().keys() == load_backbone(whole).model.state_dict().keys()
+    train(tiny(f"out={back}", *given), quiet=True)
+    (back / "checkpoints" / "step_00000004.pt").unlink()
+    assert start(*[[f"out={back}", *given, *SHARD]] * 2)[0] == [EXIT_DONE] * 2
     close(load_checkpoint(back)["student"], load_checkpoint(whole)["student"], 2e-3)
 
 

@@ -8,7 +8,7 @@ there is one, everything here is the identity.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +52,11 @@ def gather(tensor: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, i
     if world_size(group) == 1:
         return tensor, 0
     return _Gather.apply(tensor, group), len(tensor) * dist.get_rank(group)
+
+
+def in_one_piece(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gathered by all processes together, where they are spread over them (sharding.py)."""
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
 
 
 class _Total(torch.autograd.Function):

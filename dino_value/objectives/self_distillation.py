@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino_value.objectives.collectives import mean
+from dino_value.objectives.collectives import in_one_piece, mean
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.objectives.gram import gram_loss
 from dino_value.objectives.ibot import IBOTLoss, Masks, MaskToken, block_masks
@@ -105,7 +105,7 @@ class SelfDistillation(DINOLoss, Objective):
         since = step - self.gram_settings.start
         self._anchored = since >= 0
         if self._anchored and since % self.gram_settings.refresh == 0:
-            self.gram_teacher.load_state_dict(teacher.backbone.state_dict())
+            self.gram_teacher.load_state_dict(in_one_piece(teacher.backbone.state_dict()))
 
     def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: Part = WHOLE) -> Masks | None:
         if self.ibot is None:
