@@ -1,7 +1,7 @@
 """Arms against each other: one configuration, one start, one stream, paired by seed, and a sentence for every claim.
 
-Two tables: arms at equal learner steps, and at equal wall-clock, where an arm whose steps cost more takes fewer of them
-(each with its own complete schedule).
+Two tables: arms at equal learner steps, and at equal wall-clock (or processor time), where an arm whose steps cost more
+takes fewer of them (each with its own complete schedule).
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ from dino_value.train import train
 HEADLINES = {"seg": "miou", "depth": "rmse", "linear": "top1", "knn": "knn_top1"}
 """The number of each evaluation that arms are compared by."""
 
+CLOCKS = {"wall": ("seconds", "wall-clock"), "cpu": ("cpu_seconds", "processor time")}
+"""What `clock` may say: the logged number that it reads, and its name."""
+
 STEP0, RUNS = "step0", "runs"
 PCA_ARMS = 5  # that a row of pictures has room for
 
@@ -59,7 +62,8 @@ class Spec:
     arms: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)  # seg, depth, linear, knn -> {data: ROOT, option: value}
     equal_time: bool = True  # a second table, at equal wall-clock
-    reference: str = "baseline"  # the arm whose wall-clock all then have
+    clock: str = "wall"  # or cpu: the run's processor time in its place, on a machine that has other work
+    reference: str = "baseline"  # the arm whose time all then have
     claims: list[Any] = field(
         default_factory=list
     )  # [arm, against]; by default every arm named value… against the rest
@@ -107,6 +111,8 @@ def check_spec(spec: Spec) -> Spec:
         for other in _named(changes):
             if other not in spec.arms or _named(spec.arms[other]):
                 raise UserError(f"arms.{name}: @{other} is not an arm, or itself needs another one")
+    if spec.clock not in CLOCKS:
+        raise UserError(f"clock={spec.clock}: choose {', '.join(CLOCKS)}")
     if spec.equal_time and spec.reference not in spec.arms:
         raise UserError(f"reference={spec.reference}: not an arm; choose one, or set equal_time=false")
     for name, options in spec.evaluate.items():
@@ -154,6 +160,7 @@ def compare(spec: Spec, jobs: int = 1, quiet: bool = False) -> dict[str, Any]:
     start = {STEP0: _columns([_start_row(spec, seed) for seed in range(spec.seeds)])}
     configs = {(arm, seed): config_of(spec, arm, seed) for arm in spec.arms for seed in range(spec.seeds)}
     results: dict[str, Any] = {"seeds": list(range(spec.seeds)), "arms": start | run_arms(spec, configs, jobs, quiet)}
+    results["clock"] = spec.clock
     results["seconds_per_step"] = cost = {arm: step_seconds(spec, configs, arm) for arm in spec.arms}
     results["steps"] = {arm: configs[arm, 0].steps for arm in spec.arms}
     results["claims"] = _claims(spec, results)
@@ -304,11 +311,18 @@ def _options(name: str, settings: Mapping[str, Any], seed: int) -> Any:
 
 
 def step_seconds(spec: Spec, configs: Mapping[tuple[str, int], Config], arm: str) -> float:
-    """Wall-clock of a learner step of an arm, designer updates included: the median over seeds."""
-    found = []
+    """Time of a learner step of an arm by the specification's clock, designer updates included: the median over seeds.
+
+    Raises:
+        UserError: a run that logged no such time.
+    """
+    found, key = [], CLOCKS[spec.clock][0]
     for seed in range(spec.seeds):
         config = configs[arm, seed]
-        found.append(sum(row.get("seconds", 0.0) for row in read_metrics(Path(config.out))) / config.steps)
+        seconds = [row[key] for row in read_metrics(Path(config.out)) if key in row]
+        if not seconds:
+            raise UserError(f"{config.out}: its metrics.jsonl has no {key}; delete the run, to train it again")
+        found.append(sum(seconds) / config.steps)
     return statistics.median(found)
 
 
@@ -381,16 +395,16 @@ def write_page(
         backbones = {STEP0: start_backbone(first), **{arm: load_backbone(folders[0]) for arm, folders in runs.items()}}
         few = dict(list(backbones.items())[:PCA_ARMS])
         figures.append(pca_figure(images, {arm: patch_map(backbone, images) for arm, backbone in few.items()}))
-    cost = results["seconds_per_step"]
+    cost, clock = results["seconds_per_step"], CLOCKS[spec.clock][1]
     sections = []
     if "equal_time" in results:
         timed = results["equal_time"]
         told = ", ".join(f"{arm} {steps}" for arm, steps in timed["steps"].items())
         text = (
-            f"Every arm has the time that {spec.reference} takes for {results['steps'][spec.reference]} steps, and a "
-            f"schedule of its own. Steps: {told}."
+            f"Every arm has the {clock} that {spec.reference} takes for {results['steps'][spec.reference]} steps, and "
+            f"a schedule of its own. Steps: {told}."
         )
-        sections.append(Section("At equal wall-clock", text, headlines(timed), judge(spec, timed)))
+        sections.append(Section(f"At equal {clock}", text, headlines(timed), judge(spec, timed)))
     page = Report(
         title=title,
         summary=summary,
@@ -399,8 +413,8 @@ def write_page(
         sections=sections,
         figures=figures,
         notes=[
-            "The first table has equal learner steps; an arm whose designer learns spends more time on each. Seconds a "
-            f"step, median over seeds: {', '.join(f'{arm} {seconds:.3f}' for arm, seconds in cost.items())}.",
+            "The first table has equal learner steps; an arm whose designer learns needs longer for each. Seconds of "
+            f"{clock} a step, median over seeds: {', '.join(f'{arm} {seconds:.3f}' for arm, seconds in cost.items())}.",
             "Frozen features; heads trained on labelled images, scored on held-out ones.",
             *notes,
         ],
@@ -425,7 +439,7 @@ def print_claims(spec: Spec, results: Mapping[str, Any]) -> None:
     """Tables and sentences for a terminal."""
     console = Console()
     rules = [("equal learner steps", results)]
-    rules += [("equal wall-clock", results["equal_time"])] if "equal_time" in results else []
+    rules += [(f"equal {CLOCKS[spec.clock][1]}", results["equal_time"])] if "equal_time" in results else []
     for title, found in rules:
         console.print(results_table(headlines(found), title))
         comparisons = judge(spec, found)

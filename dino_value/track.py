@@ -249,10 +249,12 @@ def _git_state() -> str | None:
 
 
 class Clock:
-    """Images a second, and the share of the time spent waiting for data."""
+    """Images a second, the share of the time spent waiting for data, and what was spent: seconds, by wall-clock and of
+    this process's processors (which other work on the machine takes less part in; loader processes are not in it)."""
 
     def __init__(self) -> None:
         self.began, self.waited, self.steps = time.monotonic(), 0.0, 0
+        self.worked = time.process_time()
 
     def waiting(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """The same batches, timed."""
@@ -266,11 +268,13 @@ class Clock:
             yield batch
 
     def read(self, batch_size: int) -> dict[str, float]:
-        elapsed = max(1e-9, time.monotonic() - self.began)
+        elapsed, worked = max(1e-9, time.monotonic() - self.began), time.process_time()
         values = {
             "images_per_second": self.steps * batch_size / elapsed,
             "data_wait": self.waited / elapsed,
             "seconds": elapsed,
+            "cpu_seconds": worked - self.worked,
         }
+        self.worked = worked
         self.began, self.waited, self.steps = time.monotonic(), 0.0, 0
         return values

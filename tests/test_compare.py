@@ -40,7 +40,7 @@ def spec_file(tiny_yaml: Path, tiny_data: Path, tmp_path: Path) -> Path:
 def test_arms_are_paired_and_finished_work_is_kept(
     spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = load_spec(spec_file, [f"out={tmp_path / 'out'}"])
+    spec = load_spec(spec_file, [f"out={tmp_path / 'out'}", "clock=cpu"])
     monkeypatch.setattr(module, "step_seconds", lambda spec, configs, arm: 2.0 if arm == "value" else 1.0)
     found = compare(spec)
     assert set(found["arms"]) == {"step0", "baseline", "value", "frozen"}
@@ -65,8 +65,22 @@ def test_arms_are_paired_and_finished_work_is_kept(
     monkeypatch.setattr(module, "evaluate", refused)
     assert compare(spec)["arms"] == found["arms"]
     page = write_page(spec, found, "title", "summary", ["command"]).read_text()
-    assert "At equal wall-clock" in page
+    assert found["clock"] == "cpu"
+    assert "At equal processor time" in page
     assert "frozen" in page
+
+
+def test_the_clock_is_the_one_asked_for(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"step": 1, "seconds": 4.0, "cpu_seconds": 1.0}, {"step": 2, "event": "x"}, {"step": 2, "seconds": 4.0}]
+    monkeypatch.setattr(module, "read_metrics", lambda folder: rows)
+    for clock, seconds in (("wall", 4.0), ("cpu", 0.5)):
+        spec = load_spec(spec_file, [f"clock={clock}"])
+        assert (
+            module.step_seconds(spec, {("value", n): config_of(spec, "value", n) for n in (0, 1)}, "value") == seconds
+        )
+    rows[0].pop("cpu_seconds")
+    with pytest.raises(UserError, match=r"value_0: its metrics\.jsonl has no cpu_seconds"):
+        module.step_seconds(spec, {("value", n): config_of(spec, "value", n) for n in (0, 1)}, "value")
 
 
 @pytest.mark.slow
@@ -107,6 +121,7 @@ def test_equal_time_is_the_references(seconds: float, reference: float, steps: i
         ("arms.value=[designer.start_from=@other]", "@other is not an arm"),
         ("arms.value=[designer.start_from=@frozen]", "@frozen is not an arm, or itself needs another one"),
         ("reference=nobody", "reference=nobody: not an arm"),
+        ("clock=sundial", "clock=sundial: choose wall, cpu"),
         ("claims=[[value, nobody]]", r"claims: .*two of step0, baseline"),
         ("evaluate.retrieval={}", r"evaluate\.retrieval: choose seg, depth, linear, knn"),
         ("evaluate.seg.step=3", r"evaluate\.seg: unknown option step"),

@@ -33,7 +33,7 @@ from dino_value.sharding import collect
 from dino_value.track import read_metrics
 from dino_value.train import Run, train
 
-TIMING = ("images_per_second", "data_wait", "seconds")
+TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
 ALL = ["objective.centering=sinkhorn", "objective.koleo=0.1", "objective.gram.weight=1", "objective.gram.level=batch"]
 BEST = ["designer.name=unet+best_of_n", "designer.candidates=2"]
 JEPA = ["objective.name=ijepa", "views.local_count=0", "views.global_size=32", "objective.ijepa.context_least=1"]

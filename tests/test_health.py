@@ -36,7 +36,7 @@ from dino_value.track import read_metrics
 from dino_value.train import Run, train
 
 Make = Callable[..., Config]
-TIMING = ("images_per_second", "data_wait", "seconds")
+TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
 
 
 def naive_rankme(features: Tensor) -> float:

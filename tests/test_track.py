@@ -90,8 +90,9 @@ def test_meters_are_means_since_the_last_reading() -> None:
 
 
 def test_waiting_for_data_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+    now, worked = [0.0], [5.0]
     monkeypatch.setattr(track.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(track.time, "process_time", lambda: worked[0])
 
     def slow():  # type: ignore[no-untyped-def]
         for _ in range(2):
@@ -101,7 +102,10 @@ def test_waiting_for_data_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     for _ in clock.waiting(slow()):
         now[0] += 3  # to train
-    assert clock.read(batch_size=4) == {"images_per_second": 1.0, "data_wait": 0.25, "seconds": 8.0}
+        worked[0] += 2  # of which on a processor
+    found = {"images_per_second": 1.0, "data_wait": 0.25, "seconds": 8.0, "cpu_seconds": 4.0}
+    assert clock.read(batch_size=4) == found
+    assert clock.read(batch_size=4)["cpu_seconds"] == 0
 
 
 def test_events_stand_beside_numbers_and_go_with_their_steps(tmp_path: Path) -> None:

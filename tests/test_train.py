@@ -31,7 +31,7 @@ from dino_value.run_folder import prepare_folder
 from dino_value.track import read_metrics
 from dino_value.train import Run, train
 
-TIMING = ("images_per_second", "data_wait", "seconds")
+TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
 METHODS = ("value", "baseline", "random")
 SMALL_PREDICTOR = [f"objective.ijepa.{key}" for key in ("width=8", "depth=1", "heads=2")]
 

@@ -23,7 +23,7 @@ from dino_value.track import read_metrics
 from dino_value.weight_files import read_header
 
 KILLS = int(os.environ.get("DINO_VALUE_KILLS", "12"))
-TIMING = ("images_per_second", "data_wait", "seconds")
+TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
 
 
 def same(left: Any, right: Any) -> bool:
