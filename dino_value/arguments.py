@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from dino_value.errors import EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, Interrupted, ProcessLost, UserError
+from dino_value.errors import (
+    EXIT_LOST,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    LEFT_AT_ONCE,
+    Interrupted,
+    ProcessLost,
+    UserError,
+)
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
 _GONE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO, errno.EHOSTDOWN}
@@ -66,5 +74,5 @@ def exit_code(command: Callable[[], int]) -> int:
         print(f"stopped: {stopped}", file=sys.stderr)
         return EXIT_RESUMABLE
     except KeyboardInterrupt:
-        print("stopped at once: what came after the last checkpoint is not kept", file=sys.stderr)
+        print(LEFT_AT_ONCE, file=sys.stderr)
         return EXIT_RESUMABLE

@@ -5,6 +5,8 @@ EXIT_LOST = 1  # another process of the group is gone
 EXIT_USER = 2
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
+LEFT_AT_ONCE = "stopped at once: what came after the last checkpoint is not kept"
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message says what was wrong, where, and what to do."""

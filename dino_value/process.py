@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +14,9 @@ import torch
 
 from dino_value.config import Config
 from dino_value.distributed import own_device
-from dino_value.errors import UserError
+from dino_value.errors import EXIT_RESUMABLE, LEFT_AT_ONCE, UserError
+
+GRACE = 1.0  # seconds that a process told to leave at once has to leave by itself
 
 
 def choose_device(name: str) -> torch.device:
@@ -68,7 +73,40 @@ def stop_requests() -> Iterator[Any]:
         yield lambda: False
         return
     try:
-        yield lambda: bool(requested)
+        with _leaving_at_once():
+            yield lambda: bool(requested)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """A second SIGINT ends the process although the main thread is busy: Python's handlers wait until it comes back
+    from torch, and a backward pass of a large model is one call."""
+    over = threading.Event()
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+
+    def listen() -> None:
+        count = 0
+        while count < 2:
+            numbers = heard.recv(64)
+            if not numbers:  # the other end is closed
+                return
+            count += numbers.count(signal.SIGINT)
+        if not over.wait(GRACE):
+            os.write(2, f"{LEFT_AT_ONCE}\n".encode())
+            os._exit(EXIT_RESUMABLE)
+
+    listener = threading.Thread(target=listen, name="signals", daemon=True)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    listener.start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        told.close()
+        listener.join()
+        heard.close()
