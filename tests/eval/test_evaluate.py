@@ -260,7 +260,7 @@ def test_command_writes_results(
     arguments = [weights, "--data", "scenes", "--out", str(out), "--steps", "3", "--batch", "4", "--device", "cpu"]
     assert main([*arguments, "--size", "32", *flags]) == 0
     results = json.loads((out / "results.json").read_text())
-    about = {"evaluation", "backbone", "data", "settings", "seconds", "device", "matmul", "torch"}
+    about = {"evaluation", "backbone", "data", "settings", "seconds", "device", "matmul", "bf16", "torch"}
     about |= {"interval", "interval_of", "phases", "images_per_second", "environment"}
     assert set(results) == keys | about
     assert results["settings"]["steps"] == 3
