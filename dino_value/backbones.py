@@ -504,6 +504,8 @@ def load_backbone(
         path = path / WEIGHTS_NAME
         if not path.is_file():
             raise UserError(f"{path.parent}: not a run folder with weights (no {WEIGHTS_NAME} in it)")
+    if not path.exists():
+        raise UserError(f"{path}: no such run folder or weights file")
     if model is None:
         header = read_header(path) or {}
         if "model" in header:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -159,10 +160,10 @@ def check_options(backbone: Backbone, options: Options) -> None:
         UserError: a value out of range, or an image size that the patch does not divide.
     """
     for key in ("steps", "batch", "lr"):
-        if getattr(options, key, 1) <= 0:
+        if not 0 < getattr(options, key, 1) < math.inf:
             raise UserError(f"{key}={getattr(options, key)} must be positive")
-    for key in ("workers", "save_images"):
-        if getattr(options, key) < 0:
+    for key in ("workers", "save_images", "seed", "weight_decay"):
+        if not getattr(options, key, 0) >= 0:
             raise UserError(f"{key}={getattr(options, key)} must be at least 0")
     if not 1 <= options.blocks <= backbone.depth:
         raise UserError(f"blocks={options.blocks}: {backbone.name} has {backbone.depth}; choose 1 … {backbone.depth}")

@@ -15,6 +15,7 @@ import torch
 
 from dino_value.arguments import Parser
 from dino_value.backbones import Backbone, load_backbone
+from dino_value.data.check import other_place
 from dino_value.data.labelled import LabelledSource, Layout, Split, Subset, open_labelled
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 from dino_value.eval import EVALUATIONS, intervals, output
@@ -173,9 +174,12 @@ def open_split(
     layout: Layout, arguments: argparse.Namespace, split: Split, group_pattern: str | None = None
 ) -> LabelledSource:
     """One split; with `--skip-unreadable` without what cannot be read."""
-    source = open_labelled(
-        layout, arguments.data, split, group_pattern=group_pattern, skip_unreadable=arguments.skip_unreadable
-    )
+    try:
+        source = open_labelled(
+            layout, arguments.data, split, group_pattern=group_pattern, skip_unreadable=arguments.skip_unreadable
+        )
+    except UserError as error:
+        raise UserError(f"{error}{other_place(arguments.data, layout)}") from None
     if isinstance(source, Subset):
         count_skipped(arguments, split, source.skipped)
     return source

@@ -63,7 +63,7 @@ def measure(backbone: Backbone, data: command.Pair, options: KNNOptions) -> comm
     common.check_inputs(backbone, data, "classes", options)
     if options.pool not in POOLS:
         raise UserError(f"pool={options.pool}: choose {', '.join(POOLS)}")
-    if options.temperature <= 0:
+    if not options.temperature > 0:
         raise UserError(f"temperature={options.temperature}: must be positive")
     if not 0 < options.crop_share <= 1:
         raise UserError(f"crop_share={options.crop_share}: choose a share in (0, 1]")

@@ -9,6 +9,7 @@ last K blocks too.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,7 +110,7 @@ def check_settings(backbone: Backbone, options: LinearOptions) -> None:
         raise UserError("batch=1: batch-norm on one vector has no statistics; use a batch of 2 or more")
     if options.pool not in POOLS:
         raise UserError(f"pool={options.pool}: choose {', '.join(POOLS)}")
-    if any(lr <= 0 for lr in (*options.lrs, options.backbone_lr)):
+    if not all(0 < lr < math.inf for lr in (*options.lrs, options.backbone_lr)):
         raise UserError(f"lrs={list(options.lrs)}, backbone_lr={options.backbone_lr}: must be positive")
     if not 0 <= options.finetune_blocks <= backbone.depth:
         raise UserError(f"finetune_blocks={options.finetune_blocks}: choose 0 … {backbone.depth} of {backbone.name}")

@@ -11,6 +11,7 @@ images to the size instead, in training too.
 from __future__ import annotations
 
 import argparse
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def check_settings(options: SegOptions) -> None:
         raise UserError(f"inference={options.inference}: choose slide or whole")
     if not 0 <= options.stride <= min(options.size):
         raise UserError(f"stride={options.stride}: choose 0 (two thirds of the window) … {min(options.size)}")
-    if not options.scales or min(options.scales) <= 0:
+    if not options.scales or not all(0 < scale < math.inf for scale in options.scales):
         raise UserError(f"scales={options.scales}: must be positive, one or more")
     if not 0 < options.random_scale[0] <= options.random_scale[1]:
         raise UserError(f"random_scale={options.random_scale}: give the smallest and the largest factor")

@@ -163,6 +163,18 @@ def inner_sets(root: str) -> list[str]:
     ]
 
 
+def other_place(root: str, layout: Layout) -> str:
+    """What a root that could not be opened was perhaps meant to be, as the end of a message; or nothing."""
+    path = Path(root)
+    if not path.is_dir():
+        return ""
+    found = recognise(root)
+    if found not in (layout, "images"):
+        return f" (this is the layout {found})"
+    inner = [str(one) for one in sorted(path.iterdir()) if one.is_dir() and recognise(str(one)) == layout]
+    return f" (did you mean {inner[0]}?)" if inner and found != layout else ""
+
+
 class _Files:
     """Images without labels, as a source."""
 
@@ -227,6 +239,10 @@ def _inspect(
         part.groups = len({source.group(index) for index in range(len(source))})
         part.classes = source.num_classes
         _sum_up_targets(part, seen, source.class_names)
+        if seen and source.kind == "depth" and not part.depth:
+            part.error = "not one pixel has a known depth"
+        if seen and source.kind == "seg" and not any(part.class_share.values()):
+            part.error = "not one pixel is labelled: all are 0 (other)"
     if seen:
         sizes = sorted(seen, key=lambda item: item.height * item.width)
         part.smallest, part.median, part.largest = (

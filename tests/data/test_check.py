@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import h5py
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
 from dino_value import cli
-from dino_value.data.check import CheckLayout, Part, Shared, check_data, perceptual_hash, recognise
+from dino_value.data.check import CheckLayout, Part, Shared, check_data, other_place, perceptual_hash, recognise
 from dino_value.data.folders import read_image
 from dino_value.errors import UserError
 
@@ -144,6 +145,28 @@ def test_sets_inside_a_folder_of_images_are_named(folders: Path) -> None:
     assert report.layout == "images"
     assert report.notes == [f"{folders} is a labelled set (imagefolder), read here as images: check it by itself"]
     assert check_data(str(folders / "train"), near=-1).notes == []
+
+
+def test_a_set_without_a_depth_or_a_label_is_not_usable(ade_root: Path, nyu_root: Path) -> None:
+    for split, fill in (("training", 0), ("validation", 1)):
+        for path in (ade_root / "annotations" / split).iterdir():
+            Image.fromarray(np.full((6, 8), fill, np.uint8)).save(path)
+    assert parts(ade_root)["training"].error == "not one pixel is labelled: all are 0 (other)"
+    assert parts(ade_root)["validation"].error is None
+    with h5py.File(nyu_root / "nyu_depth_v2_labeled.mat", "r+") as file:
+        file["depths"][...] = file["depths"][...] * 1000
+    report = check_data(str(nyu_root), near=-1)
+    assert not report.usable
+    assert report.parts[0].error == "not one pixel has a known depth"
+    assert "probably millimetres" in report.parts[0].notes[0]
+
+
+def test_a_root_of_another_kind_is_said(ade_root: Path, folders: Path) -> None:
+    assert other_place(str(ade_root), "nyuv2") == " (this is the layout ade20k)"
+    assert other_place(str(folders.parent), "imagefolder") == f" (did you mean {folders}?)"
+    assert other_place(str(folders.parent), "nyuv2") == ""
+    assert other_place(str(folders), "imagefolder") == ""
+    assert other_place("nowhere", "ade20k") == ""
 
 
 def test_without_imagehash_the_extra_is_named(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -196,6 +197,10 @@ def test_head_that_diverges_is_reported() -> None:
         ({"steps": 0}, "steps=0 must be positive"),
         ({"batch": -1}, "batch=-1"),
         ({"lr": 0.0}, "lr=0"),
+        ({"lr": math.nan}, "lr=nan must be positive"),
+        ({"weight_decay": -1.0}, r"weight_decay=-1\.0 must be at least 0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"scales": (math.nan,)}, "must be positive, one or more"),
         ({"workers": -1}, "workers=-1 must be at least 0"),
         ({"device": "warp"}, "device 'warp' cannot be used here"),
     ],
@@ -255,7 +260,7 @@ def test_command_writes_results(
     arguments = [weights, "--data", "scenes", "--out", str(out), "--steps", "3", "--batch", "4", "--device", "cpu"]
     assert main([*arguments, "--size", "32", *flags]) == 0
     results = json.loads((out / "results.json").read_text())
-    about = {"evaluation", "backbone", "data", "settings", "seconds", "device", "matmul", "torch"}
+    about = {"evaluation", "backbone", "data", "settings", "seconds", "device", "matmul", "bf16", "torch"}
     about |= {"interval", "interval_of", "phases", "images_per_second", "environment"}
     assert set(results) == keys | about
     assert results["settings"]["steps"] == 3

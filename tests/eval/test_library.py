@@ -192,6 +192,7 @@ def test_finetuning_starts_where_frozen_features_are(backbone: Backbone) -> None
         ({"finetune_blocks": 5}, "finetune_blocks=5: choose 0 … 4"),
         ({"finetune_blocks": 1, "lrs": (1e-3,)}, "leave out lrs and blocks"),
         ({"lrs": (0.0,)}, "must be positive"),
+        ({"lrs": (math.nan, 1e-3)}, "must be positive"),
         ({"blocks": 5}, "blocks=5"),
         ({"pool": "max"}, "choose cls, mean"),
         ({"crop_share": 0.0}, "crop_share=0"),

@@ -222,6 +222,20 @@ def test_images_of_every_kind_are_read(name: str, imagenet: Path, run: Run) -> N
     assert results["images_per_second"]
 
 
+def test_data_of_another_kind(ade: Path, run: Run) -> None:
+    code, said, _ = run("depth", ade)
+    assert (code, len(said)) == (2, 1)
+    assert said[0].endswith("pair images with depth maps (this is the layout ade20k)")
+    code, said, _ = run("seg", ade.parent)
+    assert said[0].endswith(f"(did you mean {ade}?)")
+
+
+def test_a_checkpoint_that_is_not_there(ade: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.pth"
+    assert cli.main(["eval", "seg", str(missing), "--data", str(ade), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {missing}: no such run folder or weights file\n"
+
+
 @pytest.mark.parametrize("name", ["linear", "knn", "retrieval"])
 def test_a_zip_bomb_among_images(name: str, imagenet: Path, run: Run) -> None:
     flags = ("--ks", "3") if name == "knn" else ()
