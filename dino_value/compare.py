@@ -45,6 +45,7 @@ CLOCKS = {"wall": ("seconds", "wall-clock"), "cpu": ("cpu_seconds", "processor t
 
 STEP0, RUNS = "step0", "runs"
 PCA_ARMS = 5  # that a row of pictures has room for
+DRAWN, PREDICTIONS = ("seg", "depth"), 4  # evaluations whose first predictions are drawn, of the first seed
 
 Table = dict[str, dict[str, list[float]]]
 """arm -> metric -> one value a seed."""
@@ -262,7 +263,7 @@ def _kept(path: Path, evaluations: Mapping[str, Any], seed: int, load: Callable[
         if found["evaluate"] == evaluations:
             numbers: dict[str, float] = found["metrics"]
             return numbers
-    metrics = evaluate(load(), evaluations, seed)
+    metrics = evaluate(load(), evaluations, seed, pictures=path.parent if seed == 0 else None)
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"evaluate": dict(evaluations), "seed": seed, "metrics": metrics})
     return metrics
@@ -281,17 +282,30 @@ def start_backbone(config: Config) -> Backbone:
 
 
 def evaluate(
-    backbone: Backbone, evaluations: Mapping[str, Any], seed: int, split: str = "validation"
+    backbone: Backbone,
+    evaluations: Mapping[str, Any],
+    seed: int,
+    split: str = "validation",
+    pictures: Path | None = None,
 ) -> dict[str, float]:
     """The headline of each evaluation on held-out images, and the loss where there is one (`miou_loss`).
 
-    Settings may be chosen on the split `tuning` of the embedded scenes only.
+    Settings may be chosen on the split `tuning` of the embedded scenes only. With a folder `pictures` the first
+    predictions are drawn beside the truth, to `pictures`/NAME/pictures.
     """
     found: dict[str, float] = {}
     for name, settings in evaluations.items():
         evaluation = import_module(EVALUATIONS[name]).EVALUATION
         parts = (open_labelled(evaluation.layout, settings["data"], part) for part in ("training", split))  # type: ignore[arg-type]
-        metrics = evaluation.measure(backbone, tuple(parts), _options(name, settings, seed)).metrics
+        options = _options(name, settings, seed)
+        if pictures is not None and name in DRAWN:
+            options = replace(options, save_images=PREDICTIONS)
+        result = evaluation.measure(backbone, tuple(parts), options)
+        if pictures is not None and result.pictures:
+            from dino_value.eval.pictures import write_pictures  # matplotlib is slow to import
+
+            write_pictures(pictures / name / "pictures", result.pictures)
+        metrics = result.metrics
         headline = HEADLINES[name]
         found[headline] = metrics[headline.removeprefix(f"{name}_")]
         if "loss" in metrics:
@@ -380,6 +394,7 @@ def write_page(
     from dino_value.gallery import masked, patch_map
     from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure
     from dino_value.report.page import Report, Section, write_report
+    from dino_value.run_report import pictures_figure
 
     table, out = headlines(results), Path(spec.out)
     runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
@@ -395,6 +410,9 @@ def write_page(
         backbones = {STEP0: start_backbone(first), **{arm: load_backbone(folders[0]) for arm, folders in runs.items()}}
         few = dict(list(backbones.items())[:PCA_ARMS])
         figures.append(pca_figure(images, {arm: patch_map(backbone, images) for arm, backbone in few.items()}))
+    for arm in [arm for claim in claims_of(spec)[:1] for arm in claim]:
+        drawings = pictures_figure(arm, runs[arm][0] if arm in runs else out / arm)
+        figures += [drawings] if drawings else []
     cost, clock = results["seconds_per_step"], CLOCKS[spec.clock][1]
     sections = []
     if "equal_time" in results:

@@ -50,7 +50,7 @@ from dino_value.value import (
     slope,
 )
 
-SAMPLES, LEAST = 4, 8  # samples of fewer labelled images, and the images of one
+LEAST = 8  # labelled images of a sample
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,16 @@ class Probed:
         blocks: S is so many last blocks.
         batch: unlabeled images of a step.
         scale: the steps' length against those of the run's optimizer.
+        tasks: the task that φ designs, and the plain one.
+        samples: of fewer labelled images than the meta pool, at most so many of each number.
     """
 
     checkpoint: Path | None = None
     blocks: int | None = None
     batch: int | None = None
     scale: float = 1.0
+    tasks: tuple[str, ...] = ("designed", "plain")
+    samples: int = 4
 
 
 def probe_run(
@@ -131,7 +135,7 @@ class _Probe:
     """One θ, its g_down and held-out feedback, and any number of trial steps."""
 
     def __init__(self, run: Run, steer: Steer, seed: int, what: Probed) -> None:
-        self.run, self.steer, self.scale, config = run, steer, what.scale, run.config
+        self.run, self.steer, self.what, config = run, steer, what, run.config
         run.student.eval()
         backbone = run.student.backbone
         named = dict(backbone.named_parameters())
@@ -141,8 +145,9 @@ class _Probe:
         self.g_down = self._g_down(targets, 0, None)
         pool = min(task.meta_stream.per_epoch * task.meta_stream.batch_size for task in targets)
         self.fewer = {
-            count: [self._g_down(targets, first, count) for first in range(0, min(pool, SAMPLES * count), count)]
+            count: [self._g_down(targets, first, count) for first in range(0, min(pool, what.samples * count), count)]
             for count in _sizes(config.feedback.batch_size, pool)
+            if what.samples
         }
         self.random = random_like(self.g_down, generator(seed, "probe direction"))
         self.held = [_Held(run, steer, task) for task in targets]
@@ -181,13 +186,13 @@ class _Probe:
         down = _doubled(self.g_down)
         found: dict[tuple[str, str], list[tuple[Trial, dict[str, Any]]]] = {}
         for number in follow(range(count), "probing", count):
-            for task in ("designed", "plain"):
+            for task in self.what.tasks:
                 g_pre, length = self.g_pre(number, task == "designed")
                 step = optimizer_update(self.run.optimizer, self.live, g_pre)
                 updates = {"sgd": sgd_update(g_pre, float(norm(step) / norm(g_pre))), "optimizer": step}
                 scores = self._scores(g_pre, length)
                 for name, update in updates.items():
-                    delta = _doubled(torch._foreach_mul(update, self.scale))
+                    delta = _doubled(torch._foreach_mul(update, self.what.scale))
                     trial = probe(self.downstream, base, down, _doubled(g_pre), delta, before)
                     fewer = {n: [-inner(g, update) for g in samples] for n, samples in self.fewer.items()}
                     found.setdefault((task, name), []).append((trial, scores | fewer))

@@ -254,7 +254,7 @@ def frontier_runs(sweeps: Sequence[Path]) -> list[Path]:
 def pictures_figure(arm: str, run: Path) -> Figure | None:
     """What `dino-value eval --save-images` drew, beside the truth; None where it did not."""
     panels = []
-    for folder in sorted((run / "results").rglob("pictures")):
+    for folder in sorted(run.rglob("pictures")):
         for path in sorted(folder.glob("*.png"))[:SHOWN]:
             name = folder.parent.name
             panels.append(Panel(f"{name}_{path.stem}", path.read_bytes(), f"{name}: image, truth and prediction"))

@@ -94,7 +94,7 @@ def test_g_down_of_all_batches_is_their_mean(tiny: Make) -> None:
     from dino_value.probe import _meta_gradient
     from dino_value.value import combine
 
-    folder = train(tiny("feedback.depth.train=2", "feedback.depth.meta=8", "data.ade20k=null"), quiet=True)
+    folder = train(tiny("feedback.seg.train=4", "feedback.seg.meta=8", "data.nyuv2=null"), quiet=True)
     run = Run(load_config(folder / "config.yaml"))
     run.load_state_dict(load_checkpoint(folder))
     assert run.steer is not None

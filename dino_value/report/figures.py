@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from dino_value.errors import UserError
@@ -230,6 +231,7 @@ def _curves_png(heading: str, curves: Mapping[str, Sequence[tuple[Array, Array]]
             axes.fill_between(steps, values.min(0), values.max(0), color=style.colour, alpha=0.16, linewidth=0)
     axes.set_title(heading, loc="left", fontsize=11.5)
     axes.set_xlabel("learner step", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.margins(x=0.02)
     axes.legend(
         frameon=False,

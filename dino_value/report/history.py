@@ -140,6 +140,8 @@ def probe_history_figure(probes: Mapping[str, Mapping[int, Mapping[str, Any]]]) 
         axes.set_title(f"Pearson's r, {title}", loc="left", fontsize=11.5)
         axes.set_xlabel("learner step", fontsize=10)
         axes.legend(frameon=False, fontsize=9.5, loc="upper left", bbox_to_anchor=(-0.02, -0.2))
-        panels.append(Panel(key, to_png(figure), f"Pearson's r of predicted and realised decrease, {title}: {told}."))
+        panels.append(
+            Panel(key, to_png(figure), f"Pearson's r of predicted and realised decrease, {title}: {'; '.join(told)}.")
+        )
     caption = "The value probe at one checkpoint after another, with its 95 % bootstrap interval over trials."
     return Figure("probe_history", "Probe r across training", caption, panels)

@@ -22,7 +22,7 @@ from dino_value.files import write_bytes, write_json
 from dino_value.probe import Probed, probe_run
 from dino_value.report.drawing import INK, new_axes, to_png
 
-BATCHES, SCALES = (8, 16, 32, 64), (0.01, 0.1, 1.0, 10.0)
+BATCHES, SCALES = (8, 32, 64), (0.01, 1.0, 10.0)
 CURVES = {
     "designed_sgd": ("SGD step", "#d55e00", "s", "-"),
     "designed_optimizer": ("the run's AdamW", "#0072b2", "o", "--"),
@@ -41,7 +41,7 @@ def measure(run: Path, out: Path, name: str, trials: int, held: int, what: Probe
     return found
 
 
-def spread(steps: Sequence[int], count: int = 5) -> list[int]:
+def spread(steps: Sequence[int], count: int = 4) -> list[int]:
     """At most `count` of them, evenly."""
     return [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)] if len(steps) > count else [*steps]
 
@@ -119,21 +119,26 @@ def main() -> None:
     config = load_config(run / "config.yaml")
     files = {int(path.stem.removeprefix("step_")): path for path in (run / "checkpoints").glob("step_*.pt")}
     steps = spread(sorted(files))
-    middle = Probed(files[asked.step or steps[len(steps) // 2]])
+    step = asked.step or steps[len(steps) // 2]
+    middle = Probed(files[step], tasks=("designed",), samples=0)
 
     def at(name: str, what: Probed) -> dict[str, Any]:
         return measure(run, out, name, asked.trials, asked.held, what)
 
-    base = at(f"step_{asked.step or steps[len(steps) // 2]}", middle)
+    base = at(f"step_{step}", replace(middle, samples=4))
     pool = min(task.meta for task in (config.feedback.seg, config.feedback.depth))
     samples(out / "images.png", base, pool)
     directions(out / "direction.png", base)
+    curve(
+        out / "time.png",
+        {one: at(f"step_{one}", replace(middle, checkpoint=files[one])) for one in steps},
+        "learner step",
+    )
     scales = {scale: base if scale == 1 else at(f"scale_{scale:g}", replace(middle, scale=scale)) for scale in SCALES}
     curve(out / "scale.png", scales, "length of the step against the optimizer's", True)
-    curve(out / "time.png", {step: at(f"step_{step}", Probed(files[step])) for step in steps}, "learner step")
     depth = int(config.backbone.kwargs.get("depth", 12))
     own = config.value.scope.blocks
-    blocks = {k: base if k == own else at(f"blocks_{k}", replace(middle, blocks=k)) for k in range(1, depth + 1)}
+    blocks = {k: base if k == own else at(f"blocks_{k}", replace(middle, blocks=k)) for k in sorted({1, own, depth})}
     curve(out / "scope.png", blocks, "blocks in scope S")
     same = config.optim.batch_size
     batches = {size: base if size == same else at(f"batch_{size}", replace(middle, batch=size)) for size in BATCHES}

@@ -115,6 +115,7 @@ evaluate:
     asked = load_spec(spec)
     page = write_page(asked, compare(asked), "A comparison", "What was run.", ["dino-value compare spec.yaml"])
     tables = check(page)
+    assert "Predictions: value" in page.read_text()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     head, *rows = tables[0]
     assert head[0] == "arm"
