@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from dino_value.config import ScopeConfig
 from dino_value.errors import UserError
+from dino_value.language.architectures import architecture
 from dino_value.language.config import LearnerConfig
 from dino_value.language.stream import Batch, attention
 from dino_value.value import Scope, last_blocks, matching
@@ -195,8 +196,14 @@ def load_model(settings: LearnerConfig, device: torch.device, training: bool = T
     transformers = _transformers()
     folder, options = _located(settings.model)
     rank = settings.lora.rank if training else 0
+    named = architecture(settings.model)
+    if named is not None and not settings.random_weights:
+        raise UserError(
+            f"learner.model={settings.model} is an architecture without weights; set learner.random_weights=true, or "
+            "give a model's folder"
+        )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+        config = named or transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
         with torch.device("meta"):
             empty = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:

@@ -216,6 +216,21 @@ def test_another_run_in_the_folder(tiny: Callable[..., LanguageConfig]) -> None:
         train(tiny("method=baseline", "steps=1", "optim.lr=1e-3"), quiet=True)
 
 
+def test_going_on_with_other_settings_and_past_a_damaged_checkpoint(
+    tiny: Callable[..., LanguageConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(tiny("method=baseline", "steps=4"), quiet=True)
+    newest = folder / "checkpoints" / "step_00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(tiny("method=baseline", "steps=5"), quiet=True, override=True)
+    said = capsys.readouterr().err
+    assert "other settings from here on: steps" in said
+    assert "set aside, going on from step_00000002.pt" in said
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3, 4, 5]
+    assert sum("event" in row for row in rows) == 2
+
+
 @pytest.mark.parametrize(("name", "rank", "lr"), [("lora", 8, 2e-4), ("full", 0, 1.5e-5)])
 def test_the_papers_settings(name: str, rank: int, lr: float) -> None:
     given = ["out=a", "learner.model=m", "data.stream=s.jsonl", "feedback.files=f.jsonl"]
