@@ -27,17 +27,17 @@ from dino_value.language.train import train
 from dino_value.track import read_metrics
 
 CARELESS, SLIP = 0.6, 0.1
-BEGIN = 1000  # the seed of the start
+BEGIN = 101  # the seed of the start
 BASE = """
 device: cpu
 precision: fp32
 learner: {lora: {rank: 0}}
 data: {length: 63}
 optim: {batch_size: 16, accumulation: 1}
-targets: {candidates: 16}
-designer: {hidden: 32, layers: 2, prior: learner, lr: 1.0e-3, gate: 1.0}
-value: {length: 63, batch_size: 8, period: 2, warmup: 60, direction: cosine}
-feedback: {length: 64, batch_size: 64, limit: 128}
+targets: {candidates: 16, temperature: 20}
+designer: {hidden: 32, layers: 2, prior: learner, lr: 3.0e-3, kl: 10}
+value: {length: 63, batch_size: 16, period: 6, warmup: 30}
+feedback: {length: 64, batch_size: 128, limit: 128}
 log_every: 20
 """
 
@@ -50,8 +50,8 @@ def begin(out: Path, steps: int) -> Path:
         stream = write_problems(folder / "stream.jsonl", 20_000, BEGIN, "stream", CARELESS, SLIP)
         (folder / "base.yaml").write_text(BASE)
         tiny = write_tiny_model(folder / "model", BEGIN)
-        given = [f"out={folder / 'start'}", f"seed={BEGIN}", f"learner.model={tiny}", f"data.stream={stream}"]
-        first = ["method=baseline", f"steps={steps}", "optim.lr=3e-3", "optim.batch_size=32"]
+        given = [f"out={folder / 'start'}", f"seed={1000 + BEGIN}", f"learner.model={tiny}", f"data.stream={stream}"]
+        first = ["method=baseline", f"steps={steps}", "optim.lr=6e-3", "optim.batch_size=32"]
         train(load_language_config(folder / "base.yaml", [*given, *first]), quiet=True)
     return folder / "start"
 
