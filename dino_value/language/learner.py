@@ -208,19 +208,20 @@ def load_model(settings: LearnerConfig, device: torch.device, training: bool = T
             empty = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise UserError(f"learner.model={settings.model}: no model to be read ({_first_line(error)})") from None
-    needed = memory_needed(sum(p.numel() for p in empty.parameters()), training and not rank)
-    there = available_memory(device)
+    count, there = sum(p.numel() for p in empty.parameters()), available_memory(device)
+    needed = memory_needed(count, training and not rank)
     if needed > there:
+        lora = " or learner.lora.rank=8" if memory_needed(count, False) < min(there, needed) else ""
         raise UserError(
             f"learner.model={settings.model} needs at least {needed / 2**30:.1f} GiB on {device} and "
-            f"{there / 2**30:.1f} GiB are free; choose a smaller model{'' if rank else ' or learner.lora.rank=8'}"
+            f"{there / 2**30:.1f} GiB are free; choose a smaller model{lora}"
         )
     if settings.random_weights:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, **options
+                folder, local_files_only=True, dtype=torch.float32, **options, **_unpacked(transformers, options)
             )
         except Exception as error:
             raise UserError(
@@ -286,7 +287,16 @@ def _located(model: str) -> tuple[str, dict[str, str]]:
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (model, {})
 
 
+def _unpacked(transformers: Any, options: dict[str, str]) -> dict[str, Any]:
+    """Newer transformers may keep a GGUF file's weights quantized, which neither train nor can be saved."""
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+        return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    return {}
+
+
 def _first_line(error: Exception) -> str:
+    if "couldn't connect" in str(error):  # nobody tried: the library was told to stay with its cache
+        return "no such folder, and not in the local Hugging Face cache; nothing is downloaded"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -78,6 +78,7 @@ def measure(model: Path, path: Path, test: Path) -> dict[str, float]:
     """Answer loss and greedy accuracy of a model, kept in `path`."""
     if not path.exists():
         metrics = evaluate(str(model), str(test), new_tokens=12, batch_size=64, device="cpu")["metrics"]
+        path.parent.mkdir(exist_ok=True)
         write_json(path, {name: row["mean"] for name, row in metrics.items()})
     found: dict[str, float] = json.loads(path.read_text())
     return {"loss": found["answer_loss"], "accuracy": found["pass@1_exact"]}
