@@ -248,14 +248,19 @@ def test_feedback_that_is_in_the_test_set(tiny: Callable[..., LanguageConfig], r
     assert json.loads(leaked)["question"][:20] in str(error.value)
 
 
-def test_a_model_that_cannot_fit(tiny: Callable[..., LanguageConfig], root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("free", "advice"), [(1, "a smaller model"), (10, "a smaller model or learner.lora.rank=8")])
+def test_a_model_that_cannot_fit(
+    tiny: Callable[..., LanguageConfig], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    free: int, advice: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("dino_value.language.learner.available_memory", lambda device: free * 2**30)
     huge = tmp_path / "huge"
     shutil.copytree(root / "model", huge)
     config = json.loads((huge / "config.json").read_text())
     (huge / "config.json").write_text(json.dumps({**config, "hidden_size": 65536, "num_hidden_layers": 200}))
     with pytest.raises(UserError, match=r"needs at least .* GiB on cpu") as error:
         Run(tiny(f"learner.model={huge}"))
-    assert str(error.value).endswith("choose a smaller model")  # LoRA would not fit either
+    assert str(error.value).endswith(f"{free}.0 GiB are free; choose {advice}")
     assert memory_needed(10, trained=True) == 160
     assert available_memory(torch.device("cpu")) > 0
 
