@@ -19,7 +19,7 @@ DELEGATED = {
         "dino_value.eval.command",
         "linear, knn, seg, depth, retrieval, all: what the features of runs are worth",
     ),
-    "language": ("dino_value.language.command", "causal language models: train, eval, decontaminate, probe"),
+    "language": ("dino_value.language.command", "causal language models: train, eval, decontaminate, probe, curve"),
     "launch": ("dino_value.slurm.launch", "train or evaluate as a job, on SLURM or in processes here"),
     "jobs": ("dino_value.slurm.jobs", "the launched jobs: state, last metrics, end of the log"),
     "sweep": ("dino_value.sweep.command", "search settings by evaluation results (Optuna); goes on after any stop"),
@@ -44,7 +44,7 @@ def _command(arguments: list[str]) -> int:
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Refuse a `train` or `eval` command that would be refused before it has done anything.
+    """Refuse a `train`, `eval` or `language` command that would be refused before it has done anything.
 
     Raises:
         UserError: bad flags or settings, or another command.
@@ -58,6 +58,10 @@ def check(arguments: Sequence[str]) -> None:
         from dino_value.eval.command import build_parser, evaluation
 
         build_parser(evaluation(arguments[1])).parse_args(list(arguments[2:]))
+    elif arguments[0] == "language" and len(arguments) > 1:
+        from dino_value.language.command import check as check_language
+
+        check_language(arguments[1:])
     else:
         raise UserError(f"{' '.join(arguments)}: give a configuration to train, or eval NAME and its flags")
 

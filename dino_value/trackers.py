@@ -78,7 +78,7 @@ class WandB:
             known = json.loads(self._record.read_bytes())
             self._id, self._seen = str(known["id"]), int(known["step"])
         except (OSError, ValueError, LookupError, TypeError):
-            self._id, self._seen = secrets.token_hex(4), 0
+            self._id, self._seen = secrets.token_hex(4), -1
         self._record.parent.mkdir(exist_ok=True)
         self._run = wandb.init(
             project=config.project,

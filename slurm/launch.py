@@ -303,9 +303,9 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = Parser(
         "dino-value launch",
-        description="Run `dino-value train CONFIG key=value …`, or with `eval NAME …` an evaluation, as a job that is "
+        description="Run `dino-value train CONFIG key=value …`, or what begins with eval or language, as a job that is "
         "put back into the queue when it is interrupted.",
-        usage="dino-value launch [job flags] (CONFIG [key=value …] | eval NAME RUN --data PATH --out DIR …)",
+        usage="dino-value launch [job flags] (CONFIG [key=value …] | eval NAME RUN --data PATH … | language COMMAND …)",
         allow_abbrev=False,
     )
     parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
@@ -313,7 +313,7 @@ def main(argv: Sequence[str]) -> int:
     arguments, rest = parser.parse_known_args(list(argv))
     if not rest:
         parser.error("give a configuration, or eval NAME …")
-    command = rest if rest[0] in ("eval", "train") else ["train", *rest]
+    command = rest if rest[0] in ("eval", "train", "language") else ["train", *rest]
     check_command(command)
     (job,) = submit([command], parse_resources(arguments), arguments.folder, arguments.cluster)
     print(f"job {job.job_id}, log {job.paths.stdout}")

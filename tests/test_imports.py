@@ -35,6 +35,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "run_folder",
         "seeds",
         "arguments",
+        "report",
     ),
     "slurm": ("cli", "arguments", "files", "track"),
 }

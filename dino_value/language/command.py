@@ -1,4 +1,4 @@
-"""`dino-value language train|eval|decontaminate|probe`."""
+"""`dino-value language train|eval|decontaminate|probe|curve`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,25 @@ from dino_value.files import write_json
 
 def main(arguments: Sequence[str]) -> int:
     """Run one command; the exit code."""
+    parsed = _parse(arguments)
+    code: int = parsed.command(parsed)
+    return code
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Refuse what would be refused before it has done anything.
+
+    Raises:
+        UserError: bad flags or settings.
+    """
+    parsed = _parse(arguments)
+    if parsed.command is _train:
+        from dino_value.language.config import load_language_config
+
+        load_language_config(parsed.config, parsed.overrides)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     parsed, rest = parser.parse_known_args(list(arguments))
     # argparse takes a list of positionals only once: key=value may also follow an option.
@@ -20,8 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides += rest
-    code: int = parsed.command(parsed)
-    return code
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", metavar="CONFIG", help="a YAML file, or a packaged one such as language/lora")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="out=DIR method=value learner.model=DIR …")
     train.add_argument("--quiet", action="store_true", help="no progress")
+    train.add_argument("--override", action="store_true", help="go on with a run although its settings are others now")
     train.set_defaults(command=_train)
 
     look = commands.add_parser("eval", help="answer loss, Pass@1 and Pass@k, multiple choice")
@@ -70,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--seed", type=int, default=0, help="of the unlabeled batches (default: %(default)s)")
     probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe.json)")
     probe.set_defaults(command=_probe)
+
+    curve = commands.add_parser("curve", help="token efficiency: a metric of runs against unlabeled tokens")
+    curve.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; of one method: its seeds")
+    curve.add_argument("--metric", default="held_loss", help="a key of metrics.jsonl (default: %(default)s)")
+    curve.add_argument("--out", type=Path, help="the .png; .json goes beside it (default: RUN/results/METRIC.png)")
+    curve.set_defaults(command=_curve)
     return parser
 
 
@@ -77,7 +102,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from dino_value.language.config import load_language_config
     from dino_value.language.train import train
 
-    print(train(load_language_config(arguments.config, arguments.overrides), quiet=arguments.quiet))
+    config = load_language_config(arguments.config, arguments.overrides)
+    print(train(config, quiet=arguments.quiet, override=arguments.override))
     return EXIT_DONE
 
 
@@ -136,6 +162,20 @@ def _probe(arguments: argparse.Namespace) -> int:
     found = probe_run(arguments.run, arguments.held, arguments.trials, arguments.limit, arguments.seed)
     _write(path, found)
     print_result(found)
+    print(path)
+    return EXIT_DONE
+
+
+def _curve(arguments: argparse.Namespace) -> int:
+    from dino_value.language.curve import write_curves
+
+    path = arguments.out or arguments.runs[0] / "results" / f"{arguments.metric}.png"
+    if path.suffix != ".png":
+        raise UserError(f"--out {path}: must end in .png")
+    try:
+        write_curves(arguments.runs, path, arguments.metric)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     print(path)
     return EXIT_DONE
 

@@ -48,7 +48,7 @@ class LoRAConfig:
 
 @dataclass
 class LearnerConfig:
-    model: str = MISSING  # a local folder, a GGUF file, or a name in the local Hugging Face cache
+    model: str = MISSING  # a folder, a GGUF file, a name in the Hugging Face cache or in architectures.QWEN
     tokenizer: str | None = None  # where it is not beside the model
     random_weights: bool = False  # only the architecture is taken from `model`
     checkpointing: bool = False  # recompute activations in the backward pass
@@ -86,6 +86,7 @@ class LanguageDesignerConfig:
     lr: float = 1e-4
     gate: float = 0.0  # the gate's bias before training: α begins at alpha_max·sigmoid(gate)
     prior: str = "flat"  # r before training, as scores alone make it; or learner: its own prediction, which φ tilts
+    kl: float = 0.0  # weight of α·KL(r‖the learner's own prediction), in standard deviations of D; the paper has none
 
 
 @dataclass
@@ -186,6 +187,7 @@ _AT_LEAST: dict[str, float] = {
     "designer.layers": 1,
     "designer.heads": 1,
     "designer.lr": 0,
+    "designer.kl": 0,
     "value.period": 1,
     "value.burn_in": 0,
     "value.warmup": 0,

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dino_value.language.targets import soft_targets
 
+_TINY = 1e-20
+
 
 class TokenDesigner(nn.Module):
     """Reads the context and the true next token; says how much of the target leaves it, and where it goes.
@@ -74,14 +76,21 @@ class TokenDesigner(nn.Module):
             options: the candidates' embeddings.
             own: the learner's probabilities of them, where r begins if the prior is `learner`.
         """
-        scores = torch.einsum("td,tkd->tk", self.query(states), _unit(options)) / options.shape[-1] ** 0.5
+        # ⟨query, _unit(option)⟩/√d, without a second tensor of the options' size.
+        length = torch.linalg.vector_norm(options, dim=-1).clamp_min(_TINY)
+        scores = torch.bmm(options, self.query(states)[:, :, None]).squeeze(2) / length
         if self.prior == "learner":
-            scores = scores + own.clamp_min(1e-20).log()
+            scores = scores + own.clamp_min(_TINY).log()
         return scores.softmax(1)
 
-    def targets(self, states: Tensor, options: Tensor, own: Tensor) -> Tensor:
-        """q = (1 − α)·onehot + α·r, [t K]; candidate 0 is the true token."""
-        return soft_targets(self.alpha(states), self.proposal(states, options, own))
+    def targets(self, states: Tensor, options: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        """q = (1 − α)·onehot + α·r, [t K], candidate 0 being the true token; and α·KL(r‖own), [t].
+
+        The second bounds KL(q‖q with r = own) from above, and is what a trust region holds down.
+        """
+        alpha, r = self.alpha(states), self.proposal(states, options, own)
+        away = (r * (r.clamp_min(_TINY).log() - own.clamp_min(_TINY).log())).sum(1)
+        return soft_targets(alpha, r), alpha.squeeze(1) * away
 
 
 def _unit(embeddings: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from dino_value.config import ScopeConfig
 from dino_value.errors import UserError
+from dino_value.language.architectures import architecture
 from dino_value.language.config import LearnerConfig
 from dino_value.language.stream import Batch, attention
 from dino_value.value import Scope, last_blocks, matching
@@ -195,25 +196,32 @@ def load_model(settings: LearnerConfig, device: torch.device, training: bool = T
     transformers = _transformers()
     folder, options = _located(settings.model)
     rank = settings.lora.rank if training else 0
+    named = architecture(settings.model)
+    if named is not None and not settings.random_weights:
+        raise UserError(
+            f"learner.model={settings.model} is an architecture without weights; set learner.random_weights=true, or "
+            "give a model's folder"
+        )
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+        config = named or transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **options)
         with torch.device("meta"):
             empty = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise UserError(f"learner.model={settings.model}: no model to be read ({_first_line(error)})") from None
-    needed = memory_needed(sum(p.numel() for p in empty.parameters()), training and not rank)
-    there = available_memory(device)
+    count, there = sum(p.numel() for p in empty.parameters()), available_memory(device)
+    needed = memory_needed(count, training and not rank)
     if needed > there:
+        lora = " or learner.lora.rank=8" if memory_needed(count, False) < min(there, needed) else ""
         raise UserError(
             f"learner.model={settings.model} needs at least {needed / 2**30:.1f} GiB on {device} and "
-            f"{there / 2**30:.1f} GiB are free; choose a smaller model{'' if rank else ' or learner.lora.rank=8'}"
+            f"{there / 2**30:.1f} GiB are free; choose a smaller model{lora}"
         )
     if settings.random_weights:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, **options
+                folder, local_files_only=True, dtype=torch.float32, **options, **_unpacked(transformers, options)
             )
         except Exception as error:
             raise UserError(
@@ -279,7 +287,16 @@ def _located(model: str) -> tuple[str, dict[str, str]]:
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (model, {})
 
 
+def _unpacked(transformers: Any, options: dict[str, str]) -> dict[str, Any]:
+    """Newer transformers may keep a GGUF file's weights quantized, which neither train nor can be saved."""
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+        return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    return {}
+
+
 def _first_line(error: Exception) -> str:
+    if "couldn't connect" in str(error):  # nobody tried: the library was told to stay with its cache
+        return "no such folder, and not in the local Hugging Face cache; nothing is downloaded"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

@@ -81,6 +81,8 @@ class TargetTask:
         self.learner, self.designer, self.batch = learner, designer, batch
         self.count, self.chunk, self.alpha = count, chunk, alpha
         self._calls: Any = ()
+        self._targets: Tensor | None = None
+        self.away: Tensor | None = None  # mean of α·KL(r‖the learner's own prediction), with φ's graph
         self.cotangent: Tensor | None = None
 
     def trunk(self) -> tuple[Tensor, ...]:
@@ -98,8 +100,10 @@ class TargetTask:
             else:
                 states = designed_states(self.designer, embedding, batch)
                 parts = zip(*(part.split(self.chunk) for part in (states, ids, own)), strict=True)
-                q = torch.cat([_targets(self.designer, embedding, *part) for part in parts])
-        weights = q / max(1, len(ids))
+                found_targets = [_targets(self.designer, embedding, *part) for part in parts]
+                q, away = (torch.cat(part) for part in zip(*found_targets, strict=True))
+                self.away = away.sum() / max(1, len(ids))
+        self._targets, weights = q.detach(), q / max(1, len(ids))
         if weights.requires_grad:
             weights.register_hook(self._keep)
         return weights, found.cut.hidden, ids, batch.counted
@@ -123,6 +127,12 @@ class TargetTask:
     def _keep(self, gradient: Tensor) -> None:
         self.cotangent = -gradient.detach()  # v: what the engine sent to w
 
+    def value_map(self) -> ValueMap:
+        """v and q, once a value step has run this task."""
+        assert self.cotangent is not None
+        assert self._targets is not None
+        return ValueMap(self.cotangent, self._targets)
+
 
 def token_losses(learner: Learner, cut: Cut, counted: Tensor, ids: Tensor, chunk: int) -> Tensor:
     """−log p of `ids` [T K] at the `counted` positions, from the scope's first layer on."""
@@ -136,16 +146,15 @@ def designed_states(designer: TokenDesigner, embedding: Tensor, batch: Batch) ->
     return states.flatten(0, 1)[batch.counted]
 
 
-def _targets(designer: TokenDesigner, embedding: Tensor, states: Tensor, ids: Tensor, own: Tensor) -> Tensor:
-    """q [t K]; the candidates' embeddings [t K d] are not kept for the backward pass."""
+def _targets(designer: TokenDesigner, embedding: Tensor, states: Tensor, ids: Tensor, own: Tensor) -> Any:
+    """q [t K] and α·KL [t]; the candidates' embeddings [t K d] are not kept for the backward pass."""
 
-    def compute(states: Tensor, ids: Tensor, own: Tensor) -> Tensor:
+    def compute(states: Tensor, ids: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         return designer.targets(states, F.embedding(ids, embedding), own)
 
     if not torch.is_grad_enabled():
         return compute(states, ids, own)
-    out: Tensor = checkpoint(compute, states, ids, own, use_reentrant=False)
-    return out
+    return checkpoint(compute, states, ids, own, use_reentrant=False)
 
 
 class ValueMap(NamedTuple):
@@ -258,7 +267,7 @@ class Steer:
             ids = candidates(logits, labels[rows], count)
             with torch.no_grad(), full_precision(embedding):
                 own = logits.gather(1, ids).softmax(1)
-                return ids, _targets(designer, embedding, states[rows], ids, own)
+                return ids, _targets(designer, embedding, states[rows], ids, own)[0]
 
         return rule
 
@@ -318,15 +327,29 @@ class Steer:
             if self.designer is None:
                 directions.append(self._aim(task, parameters, g_down, direction, metrics))
             else:
-                phi = list(self.designer.parameters())
-                metrics |= value_step(task, parameters, g_down, direction, self._engine(), phi)._asdict()
-            if task.cotangent is not None:
-                metrics |= self.value_map(task).summary(self.config.targets.alpha_max)
+                metrics |= self._teach(task, parameters, g_down, direction)
             self.meters.add(**metrics)
         if directions:
             self.direction = [torch.stack(parts).mean(0) for parts in zip(*directions, strict=True)]
         self._learn(step)
         self.updates += 1
+
+    def _teach(
+        self, task: TargetTask, parameters: dict[str, Tensor], g_down: Gradient, direction: Direction
+    ) -> dict[str, Tensor]:
+        """φ's gradient of −V, and of what holds its proposals near the learner's own prediction."""
+        assert self.designer is not None
+        hidden, weight, penalty = task.trunk(), self.config.designer.kl, None
+        if weight and task.away is not None:
+            penalty = weight * self.spread * task.away
+        phi = list(self.designer.parameters())
+        step = value_step(task, parameters, g_down, direction, self._engine(), phi, penalty, hidden)
+        found = step._asdict()
+        if task.cotangent is not None:
+            values = task.value_map()
+            self.spread = values.values.std().clamp_min(1e-20)
+            found |= values.summary(self.config.targets.alpha_max)
+        return found
 
     def _learn(self, step: int) -> None:
         if self.designer is None or self.designer_optimizer is None:
@@ -364,13 +387,6 @@ class Steer:
         t = self.config.targets
         alpha = t.alpha_max if t.alpha is None else t.alpha
         return TargetTask(self.learner, self.designer, batch.to(self.device), t.candidates, t.chunk, alpha)
-
-    def value_map(self, task: TargetTask) -> ValueMap:
-        """v and q of a task that a value step has just run."""
-        assert task.cotangent is not None
-        with torch.no_grad():
-            weights = task.trunk()[0]
-        return ValueMap(task.cotangent, weights * len(weights))
 
     def downstream(self, domain: str, number: int) -> tuple[Gradient, dict[str, Tensor]]:
         """g_down of feedback batch `number`, or in the random arm a Gaussian of its norms."""

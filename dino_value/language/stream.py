@@ -262,13 +262,13 @@ class ExampleSet:
         for number, one in enumerate(self.tokens):
             if len(one.ids) > length and not cut:
                 raise UserError(
-                    f"{name}, example {number + 1}: {len(one.ids)} tokens, longer than {length}; raise the length, "
-                    "leave it out, or set feedback.cut=true"
+                    f"{name}, example {number + 1}: {len(one.ids)} tokens, longer than {length}; leave it out, or for "
+                    "feedback raise feedback.length (within the model's window) or set feedback.cut=true"
                 )
             if not any(one.counted[1:length]):
                 raise UserError(
                     f"{name}, example {number + 1}: its prompt fills the window of {length} tokens and leaves no "
-                    "room for the answer; raise the length"
+                    "room for the answer; leave it out, or for feedback raise feedback.length within the model's window"
                 )
         self.tokens = [Tokens(one.ids[:length], one.counted[:length]) for one in self.tokens]
 

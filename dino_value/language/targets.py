@@ -19,9 +19,10 @@ TargetRule = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 def candidates(logits: Tensor, labels: Tensor, count: int) -> Tensor:
     """{y} ∪ top-(K−1) of the prediction without y: [t V], [t] -> ids [t K], the true token first."""
-    truth = labels[:, None]
-    others = logits.scatter(1, truth, -torch.inf).topk(count - 1, dim=1).indices
-    return torch.cat([truth, others], 1)
+    truth, best = labels[:, None], logits.topk(count, dim=1).indices
+    # y goes last, if it is there, and the last goes: no copy of the logits without y.
+    kept = (best == truth).to(torch.uint8).argsort(dim=1, stable=True)[:, :-1]
+    return torch.cat([truth, best.gather(1, kept)], 1)
 
 
 def soft_targets(alpha: Tensor, proposal: Tensor) -> Tensor:

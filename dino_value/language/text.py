@@ -89,7 +89,8 @@ def open_source(path: str) -> Source:
         return _filled(_hub(path))
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"{path}: no such file; give a .jsonl, .parquet or .txt file, or hf:NAME for a cached data set")
+        what = "a folder" if file.is_dir() else "no such file"
+        raise UserError(f"{path}: {what}; give a .jsonl, .parquet or .txt file, or hf:NAME for a cached data set")
     openers = {".jsonl": _Lines, ".json": _Lines, ".parquet": _parquet, ".txt": _Documents}
     if file.suffix not in openers:
         raise UserError(f"{path}: expected .jsonl, .parquet or .txt, or hf:NAME for a cached data set")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_value.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dino_value.checkpoint import latest_checkpoint, newest_whole, save_checkpoint
 from dino_value.errors import Interrupted, UserError
 from dino_value.language.config import SOFT, LanguageConfig
 from dino_value.language.evaluate import answer_loss
@@ -35,8 +36,11 @@ from dino_value.trackers import Trackers, check_trackers
 SCHEDULE = 10_000  # ticks of a schedule over a run
 
 
-def train(config: LanguageConfig, quiet: bool = False) -> Path:
-    """Train to `config.steps` or `config.budget.seconds`, going on from the newest checkpoint; the run folder.
+def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -> Path:
+    """Train to `config.steps` or `config.budget.seconds`, going on from the newest whole checkpoint; the run folder.
+
+    Args:
+        override: go on with a run although its settings were others.
 
     Raises:
         UserError: bad data, model or settings; a loss that is not finite.
@@ -46,12 +50,17 @@ def train(config: LanguageConfig, quiet: bool = False) -> Path:
     check_trackers(config.track)
     newest = latest_checkpoint(folder / "checkpoints")
     run = Run(config)
-    prepare_folder(config, folder)  # after all that may refuse: a mistake leaves no folder behind
+    changed = prepare_folder(config, folder, override)  # after all that may refuse: a mistake leaves no folder behind
+    warnings = [f"other settings from here on: {'; '.join(changed)}"] if changed else []
     if newest is not None:
-        run.load_state_dict(load_checkpoint(newest, "learner"))
+        state, damaged = newest_whole(folder / "checkpoints", "learner")
+        run.load_state_dict(state)
+        warnings += damaged
+    for text in warnings:
+        print(f"warning: {text}", file=sys.stderr)
     if run.done():
         return folder
-    record_environment(folder, environment(config.seed, run.device))
+    record_environment(folder, environment(config.seed, run.device) | ({"changed": changed} if changed else {}))
 
     trackers = Trackers(config.track, folder, run.step, dataclasses.asdict(config))
     with (
@@ -59,8 +68,14 @@ def train(config: LanguageConfig, quiet: bool = False) -> Path:
         MetricsFile(folder, run.step, trackers) as metrics,
         Reporter(config.method, config.steps, run.step, quiet) as reporter,
     ):
+        for text in warnings:
+            metrics.write(run.step, {"event": "resumed", "message": text})
+        start = run.held_loss() if run.step == 0 and run.held is not None else None
         while not run.done():
             run.learner_update()
+            if start is not None:  # where the curve against tokens begins
+                metrics.write(0, {"tokens": 0, **start})
+                start = None
             reporter.advance(run.step)
             while run.steer is not None and run.steer.notes:
                 reporter.note(run.steer.notes.pop(0))

@@ -12,11 +12,13 @@ from torch import Tensor
 from dino_value.config import ScopeConfig
 from dino_value.errors import UserError
 from dino_value.language import steer as steer_module
+from dino_value.language.architectures import architecture
 from dino_value.language.config import LanguageConfig
 from dino_value.language.designer import TokenDesigner
 from dino_value.language.learner import Cut, Learner
-from dino_value.language.steer import ENGINE_CHOICES, TargetTask, ValueMap, answer_gradient, constant, token_losses
+from dino_value.language.steer import ENGINE_CHOICES, TargetTask, answer_gradient, constant, token_losses
 from dino_value.language.stream import Batch, ExampleSet
+from dino_value.language.targets import soft_targets
 from dino_value.language.text import Encoder, read_examples
 from dino_value.language.train import Run
 from dino_value.value import DIRECTIONS, engine_error, pre_gradient, score_loss, value_step
@@ -76,7 +78,8 @@ def test_values_are_directional_derivatives_and_the_oracle_bounds_them(learner: 
     value_step(task, parameters, u, DIRECTIONS["dot"], ENGINE_CHOICES["linear"], phi)
     assert task.cotangent is not None
     weights, entered, ids, counted = (part.detach() for part in task.trunk())
-    found = ValueMap(task.cotangent, weights * len(weights))
+    found = task.value_map()
+    assert torch.allclose(found.targets, weights * len(weights))
     # Against one backward pass for each of a few candidates.
     leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     cut = Cut(entered, task._calls)
@@ -166,9 +169,38 @@ def test_the_designer_learns_to_raise_v(tiny: Callable[..., LanguageConfig]) -> 
                 ENGINE_CHOICES["linear"],
                 list(steer.designer.parameters()),
             )
-        gains.append(float(steer.value_map(task).summary(0.5)["value_gain"]))
+        gains.append(float(task.value_map().summary(0.5)["value_gain"]))
         steer.designer_optimizer.step()
     assert gains[-1] > max(0.0, gains[0])
+
+
+def test_a_penalty_holds_the_proposal_to_the_learners_own_prediction(tiny: Callable[..., LanguageConfig]) -> None:
+    distances = []
+    for weight in (0, 10):
+        run = Run(tiny("method=value", "designer.lr=3e-2", "designer.prior=learner", f"designer.kl={weight}"))
+        steer = run.steer
+        assert steer is not None
+        with constant(run.learner):
+            for _ in range(15):
+                steer.update(0)
+            task = steer.task(steer.meta["main"].batch(2))
+            task.trunk()
+        assert task.away is not None
+        distances.append(float(task.away.detach()))
+    assert 0 <= 3 * distances[1] < distances[0]
+
+
+def test_the_distance_bounds_that_of_the_targets() -> None:
+    """α·KL(r‖own) is at least KL(q‖q with r = own), and zero where r is the learner's own."""
+    torch.manual_seed(0)
+    designer, own = TokenDesigner(16, 16, 1, 2, 0.5, 0.0, "learner"), torch.randn(6, 8).softmax(1)
+    states, options = torch.randn(6, 16), torch.randn(6, 8, 16)
+    assert designer.targets(states, options, own)[1].abs().max() < 1e-6
+    torch.nn.init.normal_(designer.query.weight)
+    q, away = designer.targets(states, options, own)
+    base = soft_targets(designer.alpha(states), own)
+    assert (away >= (q * (q / base).log()).sum(1) - 1e-6).all()
+    assert away.min() > 1e-3
 
 
 def test_rewards_point_where_the_score_function_does(
@@ -251,3 +283,28 @@ def test_other_architectures_come_apart() -> None:
         ),
     ):
         assert Learner(model, ScopeConfig(blocks=1)).scope.start == 1
+
+
+# What the models' cards say.
+PARAMETERS = {"qwen1.5-0.5b": 463_987_712, "qwen1.5-4b": 3_950_369_280, "qwen1.5-7b": 7_721_324_544,
+              "qwen2.5-0.5b": 494_032_768}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_papers_learners_by_name(name: str) -> None:
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(architecture(name))
+    assert sum(value.numel() for value in model.parameters()) == PARAMETERS[name]
+
+
+def test_a_name_without_weights(root: Any, tiny: Callable[..., LanguageConfig]) -> None:
+    given = ["learner.model=qwen-tiny", f"learner.tokenizer={root}/model"]
+    run = Run(tiny("method=value", *given, "learner.random_weights=true"))
+    run.learner_update()
+    assert run.learner.vocabulary == 1000
+    with pytest.raises(UserError, match=r"without weights; set learner.random_weights=true"):
+        Run(tiny(*given))
+    with pytest.raises(UserError, match=r"give learner.tokenizer=DIR"):
+        Run(tiny(given[0], "learner.random_weights=true"))

@@ -115,6 +115,55 @@ def test_the_export_is_the_learner(tiny: Callable[..., LanguageConfig], root: Pa
     assert transformers.AutoTokenizer.from_pretrained(folder / "learner").eos_token == "<end>"
 
 
+def write_gguf(path: Path, width: int = 32, layers: int = 2, heads: int = 2) -> Tensor:
+    """A random Llama; its embeddings."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(2 * width)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_vocab_size(100)
+    square, up, down = (width, width), (2 * width, width), (width, 2 * width)
+    block = {"attn_q": square, "attn_k": square, "attn_v": square, "attn_output": square}
+    block |= {"ffn_gate": up, "ffn_up": up, "ffn_down": down, "attn_norm": (width,), "ffn_norm": (width,)}
+    shapes = {f"blk.{n}.{name}": shape for n in range(layers) for name, shape in block.items()}
+    tensors = {name: torch.randn(shape) / 8 for name, shape in {"token_embd": (100, width), **shapes}.items()}
+    for name, tensor in {**tensors, "output_norm": torch.ones(width)}.items():
+        if name == "blk.0.ffn_up":  # one of them quantized
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors["token_embd"]
+
+
+def test_a_gguf_file_is_trained_and_exported(tiny: Callable[..., LanguageConfig], root: Path, tmp_path: Path) -> None:
+    import transformers
+
+    embeddings = write_gguf(tmp_path / "tiny.gguf")
+    given = [f"learner.model={tmp_path}/tiny.gguf", f"learner.tokenizer={root}/model", "checkpoint.export=true"]
+    config = tiny("method=baseline", "steps=1", *given)
+    run = Run(config)
+    assert torch.equal(run.learner.embedding, embeddings)
+    assert len(run.learner.trained()) == len(list(run.learner.model.parameters()))
+    folder = train(config, quiet=True)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(folder / "learner")
+    run.load_state_dict(load_checkpoint(folder, "learner"))
+    ids = torch.arange(10)[None]
+    assert torch.allclose(exported(ids).logits, run.learner.eval().model(ids).logits, atol=1e-5)
+
+
 def test_sft_trains_on_feedback_too(tiny: Callable[..., LanguageConfig], root: Path) -> None:
     run = steps(Run(tiny("method=sft", f"held.file={root}/test.jsonl")), 2)
     assert run.steer is None
@@ -177,6 +226,7 @@ LATER = [
     ("value.length=500", "window is 128"),
     ("feedback.length=20", "longer than 20"),
     ("learner.model=/nowhere", "no tokenizer"),
+    ("learner.model=nobody/nothing", "not in the local Hugging Face cache"),
     ("data.stream=/nowhere.jsonl", "no such file"),
 ]
 
@@ -198,14 +248,19 @@ def test_feedback_that_is_in_the_test_set(tiny: Callable[..., LanguageConfig], r
     assert json.loads(leaked)["question"][:20] in str(error.value)
 
 
-def test_a_model_that_cannot_fit(tiny: Callable[..., LanguageConfig], root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("free", "advice"), [(1, "a smaller model"), (10, "a smaller model or learner.lora.rank=8")])
+def test_a_model_that_cannot_fit(
+    tiny: Callable[..., LanguageConfig], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    free: int, advice: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("dino_value.language.learner.available_memory", lambda device: free * 2**30)
     huge = tmp_path / "huge"
     shutil.copytree(root / "model", huge)
     config = json.loads((huge / "config.json").read_text())
     (huge / "config.json").write_text(json.dumps({**config, "hidden_size": 65536, "num_hidden_layers": 200}))
     with pytest.raises(UserError, match=r"needs at least .* GiB on cpu") as error:
         Run(tiny(f"learner.model={huge}"))
-    assert "free" in str(error.value)
+    assert str(error.value).endswith(f"{free}.0 GiB are free; choose {advice}")
     assert memory_needed(10, trained=True) == 160
     assert available_memory(torch.device("cpu")) > 0
 
@@ -214,6 +269,21 @@ def test_another_run_in_the_folder(tiny: Callable[..., LanguageConfig]) -> None:
     train(tiny("method=baseline", "steps=1"), quiet=True)
     with pytest.raises(UserError, match="holds a run with other settings"):
         train(tiny("method=baseline", "steps=1", "optim.lr=1e-3"), quiet=True)
+
+
+def test_going_on_with_other_settings_and_past_a_damaged_checkpoint(
+    tiny: Callable[..., LanguageConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(tiny("method=baseline", "steps=4"), quiet=True)
+    newest = folder / "checkpoints" / "step_00000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    train(tiny("method=baseline", "steps=5"), quiet=True, override=True)
+    said = capsys.readouterr().err
+    assert "other settings from here on: steps" in said
+    assert "set aside, going on from step_00000002.pt" in said
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "event" not in row] == [1, 2, 3, 4, 5]
+    assert sum("event" in row for row in rows) == 2
 
 
 @pytest.mark.parametrize(("name", "rank", "lr"), [("lora", 8, 2e-4), ("full", 0, 1.5e-5)])

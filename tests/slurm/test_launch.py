@@ -62,6 +62,21 @@ def test_an_evaluation_is_launched_as_it_is_called(
     assert calls == [command]
 
 
+def test_a_language_run_is_launched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(launch, "dino_value_main", lambda arguments: calls.append(arguments) or EXIT_DONE)
+    given = ["learner.model=m", "data.stream=s.jsonl", "feedback.files=f.jsonl", f"out={tmp_path / 'run'}"]
+    command = ["language", "train", "language/lora", *given]
+    flags = ["launch", "--cluster", "debug", "--folder", str(tmp_path / "jobs")]
+    assert dino_value([*flags, *command]) == EXIT_DONE
+    assert calls == [command]
+    assert dino_value([*flags, *command, "targets.alpha_max=2"]) == 2
+    assert "targets.alpha_max=2.0: must lie in" in capsys.readouterr().err
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
