@@ -7,24 +7,23 @@ is then evaluated for ViT-S, B, L and g (docs/scaling.md).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import timm
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_value.arguments import Parser
 from dino_value.backbones import create_backbone
@@ -174,30 +173,48 @@ def sizes_of(config: Config) -> Sizes:
     return Sizes(counts[0], counts[0] + counts[1], in_scope, counts[2], backbone.embed_dim, o.out_dim, patches)
 
 
-@contextlib.contextmanager
-def counting(whole: DistributedDataParallel) -> Iterator[list[tuple[str, int]]]:
+class Counting(TorchDispatchMode):
     """Every collective operation of this process: its name, and the bytes that it hands over."""
-    seen: list[tuple[str, int]] = []
 
-    def counted(name: str, place: int) -> Callable[..., Any]:
-        operation = getattr(dist, name)
+    HANDED = {  # which argument that is
+        "allreduce_": ("all_reduce", 0),
+        "allgather_": ("all_gather", 1),
+        "_allgather_base_": ("all_gather", 1),
+        "all_gather_into_tensor": ("all_gather", 0),
+        "_reduce_scatter_base_": ("reduce_scatter", 1),
+    }
 
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            tensor: Tensor = arguments[place]
-            seen.append((name, tensor.numel() * tensor.element_size()))
-            return operation(*arguments, **keywords)
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
 
-        return run
+    def take(self) -> list[tuple[str, int]]:
+        """What was seen since the last call."""
+        seen, self.seen = self.seen, []
+        return seen
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if any(hasattr(kind, "full_tensor") for kind in types):
+            return NotImplemented  # a spread tensor: what it does with its shares comes by again
+        name = function._schema.name.split("::")
+        if name[0] in ("c10d", "_c10d_functional") and name[1] in self.HANDED:
+            what, place = self.HANDED[name[1]]
+            given: Tensor | list[Tensor] = arguments[place]
+            tensors = [given] if isinstance(given, Tensor) else given
+            self.seen.append((what, sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+        return function(*arguments, **(keywords or {}))
+
+
+def show_reduction(whole: nn.Module) -> None:
+    """Have DDP reduce gradients where `Counting` sees it."""
+    if not isinstance(whole, DistributedDataParallel):
+        return
 
     def hook(state: Any, bucket: dist.GradBucket) -> Any:  # type: ignore[name-defined]
         return allreduce_hook(state, bucket)  # what DDP does unseen, through the function that is counted
 
     hook.__annotations__.clear()  # postponed ones are text, which DDP refuses
     whole.register_comm_hook(None, hook)
-    with contextlib.ExitStack() as stack:
-        for name, place in (("all_reduce", 0), ("all_gather", 1)):
-            stack.enter_context(mock.patch.object(dist, name, counted(name, place)))
-        yield seen
 
 
 def _child(rank: int, overrides: list[str], folder: str) -> None:
@@ -207,15 +224,15 @@ def _child(rank: int, overrides: list[str], folder: str) -> None:
     batches = run.stream.iterate(0, 2)
     run.learner_update(*next(batches))  # the first update checks its engine
     assert run.steer is not None
-    with counting(run.whole) as seen:  # type: ignore[arg-type]
-        with run.autocast():
+    show_reduction(run.whole)
+    with Counting() as counting:
+        with run.plain.filled(), run.autocast():
             run.steer.update(run.step, run.teacher_temperature())
-        update = list(seen)
-        seen.clear()
+        update = counting.take()
         run.config.method, run.steer = "baseline", None
         run.learner_update(*next(batches))
     if rank == 0:
-        torch.save({"step": list(seen), "update": update}, f"{folder}/seen.pt")
+        torch.save({"step": counting.take(), "update": update}, f"{folder}/seen.pt")
     dist.destroy_process_group()
 
 
