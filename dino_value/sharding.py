@@ -114,10 +114,10 @@ class Plain:
                     f"{list(mine.shape)} (positions of another grid?); choose distributed.strategy=ddp"
                 )
             theirs.copy_(spread(mine, theirs))
-        for mine, theirs in zip((self.student, self.teacher), self.learners, strict=True):
-            theirs.backbone.positions = mine.backbone.positions
-            for ours, other in zip(mine.buffers(), theirs.buffers(), strict=True):
-                other.copy_(ours)
+        for copied, learner in zip((self.student, self.teacher), self.learners, strict=True):
+            learner.backbone.positions = copied.backbone.positions
+            for mine, theirs in zip(copied.buffers(), learner.buffers(), strict=True):
+                theirs.copy_(mine)
 
     def _empty(self) -> None:
         for learner in (self.student, self.teacher):

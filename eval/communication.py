@@ -7,24 +7,22 @@ is then evaluated for ViT-S, B, L and g (docs/scaling.md).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any, ClassVar, NamedTuple
 
-import timm
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_value.arguments import Parser
 from dino_value.backbones import create_backbone
@@ -59,7 +57,9 @@ WORLDS = (1, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Sizes(NamedTuple):
-    """Parameters of backbone, learner (with its head), S and φ; widths; patches of a feedback image."""
+    """Parameters of backbone, learner (with its head), S and φ; widths; patches of a feedback image; and of sharding:
+    blocks and the parameters in them, the learner's tensors, and how many numbers are in those of a single row, which
+    one process holds alone (FSDP cuts rows; position embeddings and class token have one)."""
 
     backbone: int
     learner: int
@@ -68,27 +68,37 @@ class Sizes(NamedTuple):
     width: int
     prototypes: int
     patches: int
+    depth: int
+    blocks: int
+    tensors: int
+    single: int
+
+    def share(self, world: int) -> float:
+        """Of the learner's parameters, what travels of one process to the others; up to padding."""
+        return (self.learner - self.single) / world + self.single
 
 
-Volume = dict[str, tuple[int, int]]
+Volume = dict[str, tuple[int, float]]
 """What is sent for -> how many collective operations, and the bytes that a process hands over to them."""
 
 
 def volume(config: Config, sizes: Sizes, world: int = 2) -> tuple[Volume, Volume]:
     """Of a learner step and of a designer update with one meta batch; DINO with a centre, a mask generator, float32.
 
-    The learner's gradient counts as one operation, which DDP cuts into buckets of 25 MiB. Integers have 8 bytes.
+    The learner's gradient counts as one operation, which DDP cuts into buckets of 25 MiB. Integers have 8 bytes. With
+    distributed.strategy=fsdp a unit is a block, the head or the rest; student and teacher gather each in the forward
+    pass, and the student its blocks once more in the backward pass; an update gathers both, tensor by tensor.
     """
     f = config.feedback
     labels = labels_of(config)
     fits, part = f.updates * len(labels), -(-f.batch_size // world)
     features = 4 * sizes.patches * sizes.width
-    step = {
+    step: Volume = {
         "gradient of θ": (1, 4 * sizes.learner),
         "centre, prototype share": (2, 2 * 4 * sizes.prototypes),
         "loss": (1, 4),
     }
-    update = {
+    update: Volume = {
         "features and labels to fit heads": (
             2 * fits,
             part * (fits * features + f.updates * sum(labels) * f.size**2),
@@ -97,6 +107,15 @@ def volume(config: Config, sizes: Sizes, world: int = 2) -> tuple[Volume, Volume
         "g_pre": (1, 4 * sizes.scope),
         "gradient of φ": (1, 4 * sizes.designer),
     }
+    if config.distributed.strategy == "fsdp":
+        units, share = sizes.depth + 2, sizes.share(world)
+        step |= {
+            "parameters ahead": (2 * units, 2 * 4 * share),
+            "parameters back": (sizes.depth, 4 * sizes.blocks / world),
+            "gradient of θ": (units, 4 * world * share),
+            "gradient norm": (1, 4 * sizes.tensors),
+        }
+        update["parameters"] = (2 * sizes.tensors, 2 * 4 * share)
     return step, update
 
 
@@ -108,7 +127,7 @@ def labels_of(config: Config) -> list[int]:
 def summed(parts: Volume) -> tuple[int, int]:
     """Operations and bytes in all."""
     calls, sizes = zip(*parts.values(), strict=True)
-    return sum(calls), sum(sizes)
+    return sum(calls), round(sum(sizes))
 
 
 class Machine(NamedTuple):
@@ -121,7 +140,7 @@ class Machine(NamedTuple):
     gpus: int = 8  # of a machine
 
 
-def reduce_seconds(calls: int, size: int, world: int, machine: Machine) -> float:
+def reduce_seconds(calls: int, size: float, world: int, machine: Machine) -> float:
     """Of all-reduces over `world` GPUs: a ring passes 2 (W − 1)/W of the bytes, a tree has 2 log₂ W hops."""
     if world == 1:
         return 0.0
@@ -129,17 +148,23 @@ def reduce_seconds(calls: int, size: int, world: int, machine: Machine) -> float
     return 2 * (world - 1) / world * size / rate + calls * 2 * math.log2(world) * machine.latency
 
 
-def step_seconds(config: Config, sizes: Sizes, depth: int, world: int, machine: Machine) -> tuple[float, float]:
+def gather_seconds(calls: int, size: float, world: int, machine: Machine) -> float:
+    """Of all-gathers (or, the other way round, reduce-scatters) of so many bytes of each GPU, as `reduce_seconds`."""
+    return reduce_seconds(calls, size * world, world, machine) / 2
+
+
+def step_seconds(config: Config, sizes: Sizes, world: int, machine: Machine) -> tuple[float, float]:
     """A baseline step, and a value step on average over the r steps of an update, with the batches of `config`.
 
     Floating-point operations: 2 a parameter and token, and 4 T² D a block for attention's products; a backward pass is
-    two forward passes. The reduction of θ's gradient overlaps with the backward pass, the others with nothing.
+    two forward passes. The reduction of θ's gradient overlaps with the backward pass, and with FSDP the gathering of
+    parameters with the pass that needs them; the others with nothing.
     """
     v, patch = config.views, round(config.feedback.size / math.sqrt(sizes.patches))
 
     def forward(side: int) -> float:
         tokens = (side // patch) ** 2 + 1
-        return 2.0 * sizes.backbone * tokens + 4 * depth * tokens**2 * sizes.width
+        return 2.0 * sizes.backbone * tokens + 4 * sizes.depth * tokens**2 * sizes.width
 
     large, small, labelled = (forward(side) for side in (v.global_size, v.local_size, config.feedback.size))
     student, teacher = 2 * large + v.local_count * small, 2 * large
@@ -147,16 +172,19 @@ def step_seconds(config: Config, sizes: Sizes, depth: int, world: int, machine: 
     step, update = volume(config, sizes, world)
 
     images = config.optim.batch_size / world
-    gradient = reduce_seconds(*step["gradient of θ"], world, machine)
-    calls, size = summed(step)
-    rest = reduce_seconds(calls - 1, size - step["gradient of θ"][1], world, machine)
-    plain = images * ahead / machine.flops + max(images * back / machine.flops, gradient) + rest
+    overlapping, needed, gathering = reduce_seconds(*step.pop("gradient of θ"), world, machine), 0.0, 0.0
+    if config.distributed.strategy == "fsdp":
+        needed = gather_seconds(*step.pop("parameters ahead"), world, machine)
+        overlapping = overlapping / 2 + gather_seconds(*step.pop("parameters back"), world, machine)
+        gathering = gather_seconds(*update.pop("parameters"), world, machine)
+    plain = max(images * ahead / machine.flops, needed) + max(images * back / machine.flops, overlapping)
+    plain += reduce_seconds(*summed(step), world, machine)
 
     # The trunk there and back, three passes through the tail there and back, and both kinds of labelled batch.
-    tail = config.value.scope.blocks / depth
+    tail = config.value.scope.blocks / sizes.depth
     meta = config.value.batch_size * (student + teacher + student + 3 * 3 * tail * student)
     feedback = config.feedback.batch_size * len(labels_of(config)) * labelled * (1 + config.feedback.updates + 2 * tail)
-    updating = (meta + feedback) / world / machine.flops + reduce_seconds(*summed(update), world, machine)
+    updating = (meta + feedback) / world / machine.flops + reduce_seconds(*summed(update), world, machine) + gathering
     return plain, plain + updating / config.value.period
 
 
@@ -170,34 +198,65 @@ def sizes_of(config: Config) -> Sizes:
         scope = open_scope(config, backbone, backbone.final_norm).parameters(backbone)
     counts = [sum(value.numel() for value in module.parameters()) for module in (backbone, head, designer)]
     patches = (config.feedback.size // backbone.patch_size) ** 2
-    in_scope = sum(value.numel() for value in scope.values())
-    return Sizes(counts[0], counts[0] + counts[1], in_scope, counts[2], backbone.embed_dim, o.out_dim, patches)
+    learner = [*backbone.parameters(), *head.parameters()]
+    return Sizes(
+        backbone=counts[0],
+        learner=counts[0] + counts[1],
+        scope=sum(value.numel() for value in scope.values()),
+        designer=counts[2],
+        width=backbone.embed_dim,
+        prototypes=o.out_dim,
+        patches=patches,
+        depth=backbone.depth,
+        blocks=sum(value.numel() for value in backbone.model.blocks.parameters()),
+        tensors=len(learner),
+        single=sum(value.numel() for value in learner if len(value) == 1),
+    )
 
 
-@contextlib.contextmanager
-def counting(whole: DistributedDataParallel) -> Iterator[list[tuple[str, int]]]:
+class Counting(TorchDispatchMode):
     """Every collective operation of this process: its name, and the bytes that it hands over."""
-    seen: list[tuple[str, int]] = []
 
-    def counted(name: str, place: int) -> Callable[..., Any]:
-        operation = getattr(dist, name)
+    HANDED: ClassVar = {  # which argument that is
+        "allreduce_": ("all_reduce", 0),
+        "allgather_": ("all_gather", 1),
+        "_allgather_base_": ("all_gather", 1),
+        "all_gather_into_tensor": ("all_gather", 0),
+        "all_reduce": ("all_reduce", 0),
+        "_reduce_scatter_base_": ("reduce_scatter", 1),
+    }
 
-        def run(*arguments: Any, **keywords: Any) -> Any:
-            tensor: Tensor = arguments[place]
-            seen.append((name, tensor.numel() * tensor.element_size()))
-            return operation(*arguments, **keywords)
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
 
-        return run
+    def take(self) -> list[tuple[str, int]]:
+        """What was seen since the last call."""
+        seen, self.seen = self.seen, []
+        return seen
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        if any(hasattr(kind, "full_tensor") for kind in types):
+            return NotImplemented  # a spread tensor: what it does with its shares comes by again
+        name = function._schema.name.split("::")
+        if name[0] in ("c10d", "_c10d_functional") and name[1] in self.HANDED:
+            what, place = self.HANDED[name[1]]
+            given: Tensor | list[Tensor] = arguments[place]
+            tensors = [given] if isinstance(given, Tensor) else given
+            self.seen.append((what, sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
+        return function(*arguments, **(keywords or {}))
+
+
+def show_reduction(whole: nn.Module) -> None:
+    """Have DDP reduce gradients where `Counting` sees it."""
+    if not isinstance(whole, DistributedDataParallel):
+        return
 
     def hook(state: Any, bucket: dist.GradBucket) -> Any:  # type: ignore[name-defined]
         return allreduce_hook(state, bucket)  # what DDP does unseen, through the function that is counted
 
     hook.__annotations__.clear()  # postponed ones are text, which DDP refuses
     whole.register_comm_hook(None, hook)
-    with contextlib.ExitStack() as stack:
-        for name, place in (("all_reduce", 0), ("all_gather", 1)):
-            stack.enter_context(mock.patch.object(dist, name, counted(name, place)))
-        yield seen
 
 
 def _child(rank: int, overrides: list[str], folder: str) -> None:
@@ -207,15 +266,15 @@ def _child(rank: int, overrides: list[str], folder: str) -> None:
     batches = run.stream.iterate(0, 2)
     run.learner_update(*next(batches))  # the first update checks its engine
     assert run.steer is not None
-    with counting(run.whole) as seen:  # type: ignore[arg-type]
-        with run.autocast():
+    show_reduction(run.whole)
+    with Counting() as counting:
+        with run.plain.filled(), run.autocast():
             run.steer.update(run.step, run.teacher_temperature())
-        update = list(seen)
-        seen.clear()
+        update = counting.take()
         run.config.method, run.steer = "baseline", None
         run.learner_update(*next(batches))
     if rank == 0:
-        torch.save({"step": list(seen), "update": update}, f"{folder}/seen.pt")
+        torch.save({"step": counting.take(), "update": update}, f"{folder}/seen.pt")
     dist.destroy_process_group()
 
 
@@ -242,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(BASE, [*SMALL, *small])
     table = Table("two processes", "counted", "bytes", "expected bytes")
     found: dict[str, Any] = {"counted": seen, "expected": {}, "models": {}, "scaling": {}}
-    configured: dict[str, tuple[Config, Sizes, int]] = {}
+    configured: dict[str, tuple[Config, Sizes]] = {}
     for what, parts in zip(("step", "update"), volume(config, sizes_of(config)), strict=True):
         calls = [size for _, size in seen[what]]
         table.add_row(f"{arguments.count}, {what}", str(len(calls)), f"{sum(calls):,}", f"{summed(parts)[1]:,}")
@@ -256,13 +315,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         mean = summed(step)[1] + summed(update)[1] / config.value.period
         millions = [f"{count / 1e6:.2f} M" for count in (sizes.learner, sizes.scope, sizes.designer)]
         models.add_row(label, *millions, *(f"{size / 1e6:.1f}" for size in (summed(step)[1], summed(update)[1], mean)))
-        model: Any = timm.create_model(timm_name, pretrained=False, device="meta")
-        configured[label] = config, sizes, len(model.blocks)
+        configured[label] = config, sizes
         found["models"][label] = {"sizes": sizes._asdict(), "step": step, "update": update}
     machine = Machine(**{name: getattr(arguments, name) for name in Machine._fields})
     scaling = Table("images/s by the model", "batch", *(f"{world} GPUs" for world in WORLDS))
     for label in MODELS:
-        config, sizes, depth = configured[label]
+        config, sizes = configured[label]
         for each in (None, 32):  # the paper's batch, and one that grows with the GPUs
             rows: dict[str, list[str]] = {"baseline": [], "value": []}
             for world in WORLDS:
@@ -273,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 meta = max(config.value.batch_size, world)
                 now = dataclasses.replace(config, optim=dataclasses.replace(config.optim, batch_size=batch))
                 now.value = dataclasses.replace(config.value, batch_size=meta)
-                for name, seconds in zip(rows, step_seconds(now, sizes, depth, world, machine), strict=True):
+                for name, seconds in zip(rows, step_seconds(now, sizes, world, machine), strict=True):
                     rows[name].append(f"{batch / seconds:,.0f}")
             for name, row in rows.items():
                 scaling.add_row(f"{label}, {name}", "256" if each is None else f"{each} a GPU", *row)

@@ -13,6 +13,9 @@ evaluations:                      # flags of dino-value eval; data is the traini
   depth: {size: 96, steps: 600}
 objectives: {seg.miou: maximize, depth.rmse: minimize}
 trials: 60
+
+With `kind: language` the configuration is that of dino-value language train, and evaluations are names of one's own,
+with flags of dino-value language eval: `gsm8k: {file: test.jsonl, limit: 200}`.
 """
 
 from __future__ import annotations
@@ -27,11 +30,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from dino_value.config import Config, find_config, load_config
+from dino_value.config import find_config, load_config
 from dino_value.errors import UserError
 from dino_value.eval import EVALUATIONS
 from dino_value.eval.command import build_parser, evaluation
+from dino_value.language.config import load_language_config
+from dino_value.sweep import language
 
+KINDS = ("vision", "language")
 SAMPLERS = ("tpe", "random", "nsga2")
 PRUNERS = ("median", "halving", "hyperband")
 REFERENCES = ("step0", "baseline")
@@ -73,6 +79,7 @@ class Sweep:
         references: `step0` (the untouched start) and `baseline` (method=baseline), evaluated beside the trials.
         prune: see `Prune`.
         storage: an Optuna database URL; by default a journal file in the sweep's folder.
+        kind: `vision`, or `language` for runs of `dino-value language train`.
         deaths: attempts that may end a trial's process at the same checkpoint before it counts as failed.
         out: the sweep's folder.
         name: of the study in the storage.
@@ -92,6 +99,7 @@ class Sweep:
     references: list[str] = field(default_factory=list)
     prune: Prune | None = None
     storage: str | None = None
+    kind: str = "vision"
     deaths: int = 3
     name: str = "sweep"
 
@@ -106,33 +114,29 @@ class Sweep:
                 found[key] = value
         return found
 
-    def configure(self, settings: Mapping[str, Any], out: Path) -> Config:
-        """The training configuration.
+    def configure(self, settings: Mapping[str, Any], out: Path) -> Any:
+        """The training configuration: a `Config`, or a `LanguageConfig`.
 
         Raises:
             UserError: as `load_config`.
         """
         merged = {**self.overrides, **settings, "out": str(out)}
-        return load_config(self.config, [f"{key}={as_yaml(value)}" for key, value in merged.items()])
+        load = load_language_config if self.kind == "language" else load_config
+        return load(self.config, [f"{key}={as_yaml(value)}" for key, value in merged.items()])
 
-    def flags(self, name: str, config: Config) -> list[str]:
-        """Flags of `dino-value eval NAME`, the data's included.
+    def flags(self, name: str, config: Any) -> list[str]:
+        """Flags of `dino-value eval NAME` or `dino-value language eval RUN`, the data's included.
 
         Raises:
             UserError: neither the evaluation nor the training says where the data is.
         """
         given = dict(self.evaluations[name])
+        if self.kind == "language":
+            return language.flags(name, given, config)
         data = given.pop("data", None) or getattr(config.data, evaluation(name).layout, None)
         if data is None:
             raise UserError(f"evaluations.{name}: give data=PATH, the training has none of this kind")
-        flags = ["--data", str(data)]
-        for key, value in given.items():
-            option = f"--{key.replace('_', '-')}"
-            if value is True:
-                flags.append(option)
-            elif value is not False:
-                flags += [option, *map(str, value if isinstance(value, list) else [value])]
-        return flags
+        return ["--data", str(data), *language.as_flags(given)]
 
     def pauses(self, steps: int) -> list[int]:
         """Steps before the last at which a trial is judged."""
@@ -219,10 +223,12 @@ def load_sweep(source: str, overrides: Sequence[str] = (), out: Path | None = No
 
 def check(sweep: Sweep) -> Sweep:
     """Refuse what would fail in every trial; returns `sweep`."""
+    known = tuple(sweep.evaluations if sweep.kind == "language" else EVALUATIONS)
     for key, value, choices in (
+        ("kind", sweep.kind, KINDS),
         ("sampler", sweep.sampler, SAMPLERS),
         *(("references", name, REFERENCES) for name in sweep.references),
-        *(("evaluations", name, tuple(EVALUATIONS)) for name in sweep.evaluations),
+        *(("evaluations", name, known) for name in sweep.evaluations),
         *((f"objectives.{key}", way, DIRECTIONS) for key, way in sweep.objectives.items()),
         *((("prune.pruner", sweep.prune.pruner, PRUNERS),) if sweep.prune else ()),
     ):
@@ -235,6 +241,8 @@ def check(sweep: Sweep) -> Sweep:
         name, _, metric = key.partition(".")
         if name not in sweep.evaluations or not metric:
             raise UserError(f"objectives.{key}: write EVALUATION.METRIC of {', '.join(sweep.evaluations)}")
+    if sweep.prune and sweep.kind == "language":
+        raise UserError("prune: not of language runs; leave it out")
     if sweep.prune and len(sweep.objectives) > 1:
         raise UserError("prune: trials are pruned by one objective; leave it out, or leave one objective")
     if sweep.prune and sweep.prune.every < 1:
@@ -255,7 +263,11 @@ def check(sweep: Sweep) -> Sweep:
             raise UserError(f"first: {unknown[0]} is not in space")
         sweep.configure(sweep.settings({**base, **point}), sweep.out)
     for name in sweep.evaluations:
-        build_parser(evaluation(name)).parse_args(["w", "--out", "o", *sweep.flags(name, config)])
+        flags = sweep.flags(name, config)
+        if sweep.kind == "language":
+            language.check_flags(flags)
+        else:
+            build_parser(evaluation(name)).parse_args(["w", "--out", "o", *flags])
     return sweep
 
 

@@ -22,12 +22,13 @@ from omegaconf import OmegaConf
 
 from dino_value.backbones import WEIGHTS_NAME, save_backbone
 from dino_value.checkpoint import latest_checkpoint, load_checkpoint
-from dino_value.config import Config, packaged
+from dino_value.config import packaged
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval.command import build_parser, evaluation
 from dino_value.eval.command import main as evaluate
 from dino_value.files import write_json, write_text
 from dino_value.run_folder import prepare_folder
+from dino_value.sweep import language
 from dino_value.sweep.claims import Claim, alone
 from dino_value.sweep.spec import Params, Sweep, is_named
 from dino_value.track import duration
@@ -194,11 +195,15 @@ def suggest(sweep: Sweep, trial: optuna.Trial) -> Params:
 # --- one trial
 
 
-def measure(sweep: Sweep, config: Config, results: Path, names: list[str] | None = None) -> dict[str, float]:
+def measure(sweep: Sweep, config: Any, results: Path, names: list[str] | None = None) -> dict[str, float]:
     """Evaluate a run's backbone; metrics as `seg.miou`. What has left its results is read, not repeated."""
     found: dict[str, float] = {}
     for name in names or sweep.evaluations:
         path = results / name / "results.json"
+        if sweep.kind == "language":
+            metrics = language.measure(config.out, sweep.flags(name, config), path)
+            found |= {f"{name}.{metric}": value for metric, value in metrics.items()}
+            continue
         if not path.is_file():
             flags = [config.out, "--out", str(path.parent), *sweep.flags(name, config)]
             resumable = "resume" in vars(build_parser(evaluation(name)).parse_args(flags))
@@ -243,8 +248,17 @@ def run_trial(sweep: Sweep, trial: optuna.Trial) -> dict[str, float]:
             trial.report(value, step)
         if trial.should_prune():
             raise optuna.TrialPruned
-    train(config, quiet=True)
+    _train(sweep, config)
     return measure(sweep, config, folder / "results")
+
+
+def _train(sweep: Sweep, config: Any) -> None:
+    if sweep.kind == "vision":
+        train(config, quiet=True)
+    else:
+        from dino_value.language.train import train as train_language  # its libraries are an extra
+
+        train_language(config, quiet=True)
 
 
 def run_reference(sweep: Sweep, name: str) -> dict[str, float]:
@@ -252,7 +266,9 @@ def run_reference(sweep: Sweep, name: str) -> dict[str, float]:
     folder = sweep.out / name
     config = sweep.configure({"method": "baseline"}, folder)
     if name == "baseline":
-        train(config, quiet=True)
+        _train(sweep, config)
+    elif sweep.kind == "language":
+        config.out = config.learner.model
     elif not (folder / WEIGHTS_NAME).is_file():
         run = Run(config)
         if config.start_from is not None:

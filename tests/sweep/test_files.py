@@ -15,6 +15,7 @@ from dino_value.sweep import agent, spec
 
 FOLDER = Path(str(resources.files("dino_value.configs"))) / "sweeps"
 DATA = ["data.unlabeled=u", "data.ade20k=a", "data.nyuv2=n"]
+LANGUAGE = ["learner.model=m", "data.stream=s.jsonl", "feedback.files=f.jsonl", "held.file=h.jsonl"]
 # arXiv 2601.22108 v1, sweep ranges.
 PAPER: dict[str, Any] = {
     "optim.lr": {"low": 1e-6, "high": 5e-5, "log": True},
@@ -29,7 +30,14 @@ WEIGHTS = [0.5, 1, 2, 4, 8, 16]
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_packaged_specifications_load(path: Path, tmp_path: Path) -> None:
-    spec.load_sweep(f"sweeps/{path.stem}", DATA, tmp_path)
+    spec.load_sweep(f"sweeps/{path.stem}", LANGUAGE if path.stem == "language" else DATA, tmp_path)
+
+
+def test_the_papers_learning_rates_of_language(tmp_path: Path) -> None:
+    sweep = spec.load_sweep("sweeps/language", LANGUAGE, tmp_path)
+    rates = sweep.space["optim.lr"]
+    assert (rates[0], rates[-1], len(rates), sweep.trials) == (5e-6, 1e-5, 5, 5)
+    assert [point["optim.lr"] for point in sweep.first] == rates  # each once
 
 
 @pytest.mark.parametrize(
