@@ -69,7 +69,7 @@ def report_runs(places: Sequence[Path], path: Path) -> Path:
     arms = arms_of_runs(configs)
     first = configs[runs[0]]
     results = evaluated(arms)
-    figures = [results_figure(results)] if results is not None else []
+    figures = [results_figure(results)] if results is not None and len(runs) > 1 else []  # a lone dot shows nothing
     figures += [front] if front else []
     figures.append(curves_figure(arms, CURVES))
     figures += [figure for figure in (efficiency(arms, configs),) if figure is not None]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from dino_value.report.drawing import (
@@ -139,6 +140,7 @@ def probe_history_figure(probes: Mapping[str, Mapping[int, Mapping[str, Any]]]) 
         axes.set_ylim(min(-0.1, axes.get_ylim()[0]), 1.02)
         axes.set_title(f"Pearson's r, {title}", loc="left", fontsize=11.5)
         axes.set_xlabel("learner step", fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.legend(frameon=False, fontsize=9.5, loc="upper left", bbox_to_anchor=(-0.02, -0.2))
         panels.append(
             Panel(key, to_png(figure), f"Pearson's r of predicted and realised decrease, {title}: {'; '.join(told)}.")

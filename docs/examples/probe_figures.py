@@ -84,7 +84,7 @@ def directions(path: Path, found: Mapping[str, Any]) -> None:
         axes.bar([i + offset for i in range(len(names))], [scores[n] for n in names], 0.38, color=colour, label=name)
         print(f"{path.stem:10} {name:16}", "  ".join(f"{n}: {scores[n]:.2f}" for n in names))
     axes.set_xticks(range(len(names)), names)
-    finish(path, figure, axes, "what is climbed: V, its cosine, V of Adam's step, V of a random direction", False, None)
+    finish(path, figure, axes, "what a designer would climb", False, None)
 
 
 def adam(found: Mapping[str, Any], key: str) -> float:
