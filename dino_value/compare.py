@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from yaml import YAMLError
 
 from dino_value.backbones import WEIGHTS_NAME, Backbone, create_backbone, load_backbone, load_weights
 from dino_value.config import Config, load_config, packaged
-from dino_value.data.labelled import LabelledDataset, open_labelled
+from dino_value.data.labelled import Kept, LabelledDataset, Layout, Split, open_labelled
 from dino_value.errors import UserError
 from dino_value.eval import EVALUATIONS
 from dino_value.files import write_json
@@ -60,6 +61,7 @@ class Spec:
     overrides: list[str] = field(default_factory=list)  # key=value, of every arm
     # name -> key=value of this arm alone; @name in a value is the run of that arm with the same seed
     arms: dict[str, Any] = field(default_factory=dict)
+    only: list[str] = field(default_factory=list)  # these arms alone, and what is claimed of them; the rest may follow
     evaluate: dict[str, Any] = field(default_factory=dict)  # seg, depth, linear, knn -> {data: ROOT, option: value}
     equal_time: bool = True  # a second table, at equal wall-clock
     clock: str = "wall"  # or cpu: the run's processor time in its place, on a machine that has other work
@@ -90,7 +92,21 @@ def load_spec(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     assert isinstance(spec, Spec)
-    return check_spec(spec)
+    check_spec(spec)
+    return check_spec(narrowed(spec)) if spec.only else spec
+
+
+def narrowed(spec: Spec) -> Spec:
+    """The arms that `only` names and the claims among them, in the same folder: the other arms can be added later.
+
+    Raises:
+        UserError: one of them is not an arm.
+    """
+    for name in spec.only:
+        if name not in spec.arms:
+            raise UserError(f"only={name}: not an arm; choose {', '.join(spec.arms)}")
+    arms = {name: changes for name, changes in spec.arms.items() if name in spec.only}
+    return replace(spec, arms=arms, claims=[list(one) for one in claims_of(spec) if {*one} <= {*arms, STEP0}])
 
 
 def check_spec(spec: Spec) -> Spec:
@@ -245,26 +261,27 @@ def _limit_threads(jobs: int) -> None:
 def run_one(config: Config, evaluations: Mapping[str, Any], quiet: bool = False) -> dict[str, float]:
     """Train one run, unless it is finished, and evaluate it, unless it has been."""
     folder = train(config, quiet)
-    return _kept(folder / "results" / "compare.json", evaluations, config.seed, lambda: load_backbone(folder))
+    path = folder / "results" / "compare.json"
+    return _kept(path, evaluations, config, lambda: load_backbone(folder))
 
 
 def _start_row(spec: Spec, seed: int) -> dict[str, float]:
     config = config_of(spec, next(iter(spec.arms)), seed)
     path = Path(spec.out) / STEP0 / f"{seed}.json"
     path.parent.mkdir(exist_ok=True)
-    return _kept(path, spec.evaluate, seed, lambda: start_backbone(config))
+    return _kept(path, spec.evaluate, config, lambda: start_backbone(config))
 
 
-def _kept(path: Path, evaluations: Mapping[str, Any], seed: int, load: Callable[[], Backbone]) -> dict[str, float]:
+def _kept(path: Path, evaluations: Mapping[str, Any], config: Config, load: Callable[[], Backbone]) -> dict[str, float]:
     """The evaluation's numbers, from `path` if it holds them."""
     if path.is_file():
         found = json.loads(path.read_text())
         if found["evaluate"] == evaluations:
             numbers: dict[str, float] = found["metrics"]
             return numbers
-    metrics = evaluate(load(), evaluations, seed)
+    metrics = evaluate(load(), evaluations, config.seed, keep=config.data.in_memory)
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"evaluate": dict(evaluations), "seed": seed, "metrics": metrics})
+    write_json(path, {"evaluate": dict(evaluations), "seed": config.seed, "metrics": metrics})
     return metrics
 
 
@@ -280,23 +297,27 @@ def start_backbone(config: Config) -> Backbone:
     return backbone
 
 
-def evaluate(
-    backbone: Backbone, evaluations: Mapping[str, Any], seed: int, split: str = "validation"
-) -> dict[str, float]:
+def evaluate(backbone: Backbone, evaluations: Mapping[str, Any], seed: int, keep: bool = False) -> dict[str, float]:
     """The headline of each evaluation on held-out images, and the loss where there is one (`miou_loss`).
 
-    Settings may be chosen on the split `tuning` of the embedded scenes only.
+    `keep` has the images stay in memory for this process's next evaluation.
     """
+    opened = _open_kept if keep else open_labelled
     found: dict[str, float] = {}
     for name, settings in evaluations.items():
         evaluation = import_module(EVALUATIONS[name]).EVALUATION
-        parts = (open_labelled(evaluation.layout, settings["data"], part) for part in ("training", split))  # type: ignore[arg-type]
+        parts = (opened(evaluation.layout, settings["data"], part) for part in ("training", "validation"))
         metrics = evaluation.measure(backbone, tuple(parts), _options(name, settings, seed)).metrics
         headline = HEADLINES[name]
         found[headline] = metrics[headline.removeprefix(f"{name}_")]
         if "loss" in metrics:
             found[f"{headline}_loss"] = metrics["loss"]
     return found
+
+
+@lru_cache(maxsize=8)
+def _open_kept(layout: Layout, path: str, part: Split) -> Kept:
+    return Kept(open_labelled(layout, path, part))
 
 
 def _options(name: str, settings: Mapping[str, Any], seed: int) -> Any:

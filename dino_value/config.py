@@ -37,7 +37,7 @@ class DataConfig:
     ade20k: str | None = None  # ADEChallengeData2016
     nyuv2: str | None = None  # the folder of nyu_depth_v2_labeled.mat and splits.mat, or of lists of pairs
     workers: int = 2  # loader processes for the unlabeled stream
-    in_memory: bool = False  # decode once; for small sets of equally sized images
+    in_memory: bool = False  # decode once, the labelled images too; for small sets of equally sized images
     skip_unreadable: bool = False  # go on without images that cannot be read, and count them; else they end the run
     group_pattern: str | None = None  # regex on a label file's stem; images of one group never part train from meta
     neighbours: int = 1  # or: this many consecutive labelled images are one group, as frames of one place

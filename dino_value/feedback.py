@@ -10,7 +10,15 @@ from torch.func import functional_call
 
 from dino_value.backbones import Backbone
 from dino_value.config import Config, TaskConfig
-from dino_value.data.labelled import LabelledDataset, LabelledSource, Layout, Shuffled, open_labelled, split_by_group
+from dino_value.data.labelled import (
+    Kept,
+    LabelledDataset,
+    LabelledSource,
+    Layout,
+    Shuffled,
+    open_labelled,
+    split_by_group,
+)
 from dino_value.data.sampling import Cursor, Stream, key
 from dino_value.data.splits import split_apart, split_record
 from dino_value.distributed import gather, own_part, world
@@ -127,6 +135,7 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
             neighbours=config.data.neighbours,
             skip_unreadable=config.data.skip_unreadable,
         )
+        source = Kept(source) if config.data.in_memory else source
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(config.seed, "head", kind))
             task = FeedbackTask(kind, source, settings, config, dim, device, evaluation_split(kind, path))

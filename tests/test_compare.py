@@ -104,6 +104,12 @@ def test_arms_share_all_but_their_own_list(spec_file: Path) -> None:
     assert configs["baseline"] == configs["value"] == configs["frozen"]
 
 
+def test_some_arms_may_go_first(spec_file: Path) -> None:
+    spec = load_spec(spec_file, ["only=[baseline,value]"])
+    assert list(spec.arms) == ["baseline", "value"]
+    assert module.claims_of(spec) == [("value", "baseline"), ("value", "step0")]
+
+
 @pytest.mark.parametrize(
     ("seconds", "reference", "steps"), [(1.0, 1.0, 100), (2.0, 1.0, 50), (0.5, 1.0, 200), (1.01, 1.0, 100), (1e9, 1, 1)]
 )
@@ -122,6 +128,8 @@ def test_equal_time_is_the_references(seconds: float, reference: float, steps: i
         ("arms.value=[designer.start_from=@frozen]", "@frozen is not an arm, or itself needs another one"),
         ("reference=nobody", "reference=nobody: not an arm"),
         ("clock=sundial", "clock=sundial: choose wall, cpu"),
+        ("only=[nobody]", "only=nobody: not an arm; choose baseline, value, frozen"),
+        ("only=[frozen]", "@value is not an arm"),
         ("claims=[[value, nobody]]", r"claims: .*two of step0, baseline"),
         ("evaluate.retrieval={}", r"evaluate\.retrieval: choose seg, depth, linear, knn"),
         ("evaluate.seg.step=3", r"evaluate\.seg: unknown option step"),
@@ -143,7 +151,7 @@ def test_mistakes_end_in_one_line(spec_file: Path, tmp_path: Path, capsys: pytes
         assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart"])
+@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart", "compare/rooms"])
 def test_packaged_comparisons_are_valid(name: str) -> None:
     spec = load_spec(name)
     assert isinstance(spec, Spec)

@@ -148,6 +148,31 @@ class Shuffled:
         return self.source.group(index)
 
 
+class Kept:
+    """A source whose items are decoded once, when they are first asked for, and kept: for small sets."""
+
+    def __init__(self, source: LabelledSource) -> None:
+        self.source, self._items = source, dict[int, tuple[Tensor, Tensor]]()
+        self.kind, self.num_classes, self.class_names = source.kind, source.num_classes, source.class_names
+        self.skipped: list[str] = getattr(source, "skipped", [])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> tuple[Tensor, Tensor]:
+        if index not in self._items:
+            image, target = self.source.load(index)
+            self._items[index] = image, target.to(torch.uint8) if self.kind == "seg" else target
+        image, target = self._items[index]
+        return image, target.long() if self.kind == "seg" else target
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def group(self, index: int) -> str:
+        return self.source.group(index)
+
+
 def readable(source: LabelledSource) -> Subset:
     """What of a source can be read; reads everything once.
 

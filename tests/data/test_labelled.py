@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dino_value.data.labelled import (
+    Kept,
     LabelledDataset,
     LabelledSource,
     LabelledTensors,
@@ -43,6 +44,20 @@ def test_labels_are_never_blended() -> None:
     _, resized = LabelledDataset(source, size=(5, 4))[0, 0]
     assert resized.dtype == torch.int64
     assert set(resized.unique().tolist()) <= {0, 255}
+
+
+def test_what_is_kept_is_read_once_and_stays_the_same() -> None:
+    labels = torch.randint(0, 3, (2, 4, 4))
+    labels[0, 0] = 255
+    for source in (depth_source(), LabelledTensors("seg", torch.zeros(2, 3, 4, 4, dtype=torch.uint8), labels, "abc")):
+        kept, asked = Kept(source), list[int]()
+        load = source.load
+        source.load = lambda index, load=load, asked=asked: (asked.append(index), load(index))[1]  # type: ignore[method-assign]
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(kept.load(1), load(1), strict=True))
+            assert kept.load(1)[1].dtype == load(1)[1].dtype
+        assert asked == [1]
+        assert (len(kept), kept.name(1), kept.group(1)) == (len(source), source.name(1), source.group(1))
 
 
 def test_targets_may_stay_as_they_are() -> None:
