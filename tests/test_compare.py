@@ -64,7 +64,13 @@ def test_arms_are_paired_and_finished_work_is_kept(
 
     monkeypatch.setattr(module, "evaluate", refused)
     assert compare(spec)["arms"] == found["arms"]
+    # Another start is another row, whatever lies in the folder.
+    other = json.loads((tmp_path / "out" / "step0" / "1.json").read_text())
+    (tmp_path / "out" / "step0" / "1.json").write_text(json.dumps(other | {"weights": "others"}))
+    with pytest.raises(AssertionError, match="evaluated again"):
+        module.start_rows(spec)
     page = write_page(spec, found, "title", "summary", ["command"]).read_text()
+    assert "segmentation loss" in page
     assert found["clock"] == "cpu"
     assert "At equal processor time" in page
     assert "frozen" in page
