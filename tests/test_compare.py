@@ -157,7 +157,7 @@ def test_mistakes_end_in_one_line(spec_file: Path, tmp_path: Path, capsys: pytes
         assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart", "compare/rooms"])
+@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart", "compare/rooms", "compare/rooms_labels"])
 def test_packaged_comparisons_are_valid(name: str) -> None:
     spec = load_spec(name)
     assert isinstance(spec, Spec)
