@@ -59,7 +59,7 @@ def test_arms_are_paired_and_finished_work_is_kept(
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["arms"] == found["arms"]
 
-    def refused(*arguments: Any) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
         raise AssertionError("evaluated again")
 
     monkeypatch.setattr(module, "evaluate", refused)
