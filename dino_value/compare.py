@@ -6,12 +6,13 @@ takes fewer of them (each with its own complete schedule).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
@@ -174,7 +175,7 @@ def compare(spec: Spec, jobs: int = 1, quiet: bool = False) -> dict[str, Any]:
     """
     began, out = time.monotonic(), Path(spec.out)
     prepare(out)
-    start = {STEP0: _columns([_start_row(spec, seed) for seed in range(spec.seeds)])}
+    start = {STEP0: start_rows(spec, jobs)}
     configs = {(arm, seed): config_of(spec, arm, seed) for arm in spec.arms for seed in range(spec.seeds)}
     results: dict[str, Any] = {"seeds": list(range(spec.seeds)), "arms": start | run_arms(spec, configs, jobs, quiet)}
     results["clock"] = spec.clock
@@ -242,8 +243,7 @@ def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int, q
                 rows[arm, seed] = run_one(config, spec.evaluate, quiet)
                 done(arm, seed)
             continue
-        # Processes that start anew: torch's threads and CUDA do not survive a fork.
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _limit_threads, (jobs,)) as pool:
+        with _processes(jobs) as pool:
             futures = {key: pool.submit(run_one, configs[key], spec.evaluate, True) for key in work}
             try:
                 for (arm, seed), future in futures.items():
@@ -255,6 +255,11 @@ def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int, q
     return {arm: _columns([rows[arm, seed] for seed in range(spec.seeds)]) for arm in spec.arms}
 
 
+def _processes(jobs: int) -> ProcessPoolExecutor:
+    """That start anew: torch's threads and CUDA do not survive a fork."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _limit_threads, (jobs,))
+
+
 def _limit_threads(jobs: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
@@ -262,29 +267,44 @@ def _limit_threads(jobs: int) -> None:
 def run_one(config: Config, evaluations: Mapping[str, Any], quiet: bool = False) -> dict[str, float]:
     """Train one run, unless it is finished, and evaluate it, unless it has been."""
     folder = train(config, quiet)
-    path = folder / "results" / "compare.json"
-    return _kept(path, evaluations, config, lambda: load_backbone(folder))
+    return _kept(folder / "results" / "compare.json", evaluations, config, load_backbone(folder))
+
+
+def start_rows(spec: Spec, jobs: int = 1) -> dict[str, list[float]]:
+    """The untouched start, evaluated with the heads of every seed."""
+    if jobs == 1:
+        return _columns([_start_row(spec, seed) for seed in range(spec.seeds)])
+    with _processes(jobs) as pool:
+        return _columns(list(pool.map(_start_row, [spec] * spec.seeds, range(spec.seeds))))
 
 
 def _start_row(spec: Spec, seed: int) -> dict[str, float]:
     config = config_of(spec, next(iter(spec.arms)), seed)
     path = Path(spec.out) / STEP0 / f"{seed}.json"
-    path.parent.mkdir(exist_ok=True)
-    return _kept(path, spec.evaluate, config, lambda: start_backbone(config))
+    return _kept(path, spec.evaluate, config, start_backbone(config))
 
 
-def _kept(path: Path, evaluations: Mapping[str, Any], config: Config, load: Callable[[], Backbone]) -> dict[str, float]:
-    """The evaluation's numbers, from `path` if it holds them."""
+def _kept(path: Path, evaluations: Mapping[str, Any], config: Config, backbone: Backbone) -> dict[str, float]:
+    """The evaluation's numbers, from `path` if it holds them of these weights."""
+    weights = digest(backbone)
     if path.is_file():
         found = json.loads(path.read_text())
-        if found["evaluate"] == evaluations:
+        if found["evaluate"] == evaluations and found.get("weights", weights) == weights:
             numbers: dict[str, float] = found["metrics"]
             return numbers
-    pictures = path.parent if config.seed == 0 else None
-    metrics = evaluate(load(), evaluations, config.seed, config.data.in_memory, pictures)
     path.parent.mkdir(exist_ok=True)
-    write_json(path, {"evaluate": dict(evaluations), "seed": config.seed, "metrics": metrics})
+    pictures = path.parent if config.seed == 0 else None
+    metrics = evaluate(backbone, evaluations, config.seed, config.data.in_memory, pictures)
+    write_json(path, {"evaluate": dict(evaluations), "seed": config.seed, "weights": weights, "metrics": metrics})
     return metrics
+
+
+def digest(backbone: Backbone) -> str:
+    """A hash of the weights."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(backbone.state_dict().items()):
+        found.update(name.encode() + value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def start_backbone(config: Config) -> Backbone:
@@ -372,7 +392,7 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 
 
 def headlines(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The same results without the evaluations' losses: what the tables show."""
+    """The same results without the evaluations' losses: what is claimed, and drawn seed by seed."""
     arms = {
         arm: {name: values for name, values in row.items() if name in HEADLINES.values()}
         for arm, row in results["arms"].items()
@@ -417,11 +437,11 @@ def write_page(
     from dino_value.report.page import Report, Section, write_report
     from dino_value.run_report import pictures_figure
 
-    table, out = headlines(results), Path(spec.out)
+    out = Path(spec.out)
     runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
     first = config_of(spec, next(iter(spec.arms)), 0)
     images = _pictures(spec, first.views.global_size)
-    figures = [results_figure(table), curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"))]
+    figures = [results_figure(headlines(results)), curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"))]
     if images is not None:
         shown = {arm: masked(folders[0], images) for arm, folders in runs.items()}
         drawn = {arm: found for arm, found in shown.items() if found is not None}
@@ -443,11 +463,11 @@ def write_page(
             f"Every arm has the {clock} that {spec.reference} takes for {results['steps'][spec.reference]} steps, and "
             f"a schedule of its own. Steps: {told}."
         )
-        sections.append(Section(f"At equal {clock}", text, headlines(timed), judge(spec, timed)))
+        sections.append(Section(f"At equal {clock}", text, timed, judge(spec, timed)))
     page = Report(
         title=title,
         summary=summary,
-        results=table,
+        results=results,
         comparisons=judge(spec, results),
         sections=sections,
         figures=figures,
@@ -480,6 +500,6 @@ def print_claims(spec: Spec, results: Mapping[str, Any]) -> None:
     rules = [("equal learner steps", results)]
     rules += [(f"equal {CLOCKS[spec.clock][1]}", results["equal_time"])] if "equal_time" in results else []
     for title, found in rules:
-        console.print(results_table(headlines(found), title))
+        console.print(results_table(found, title))
         comparisons = judge(spec, found)
         console.print(*(one.sentence for one in comparisons), sep="\n", markup=False, highlight=False)

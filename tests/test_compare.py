@@ -59,12 +59,18 @@ def test_arms_are_paired_and_finished_work_is_kept(
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert written["arms"] == found["arms"]
 
-    def refused(*arguments: Any) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
         raise AssertionError("evaluated again")
 
     monkeypatch.setattr(module, "evaluate", refused)
     assert compare(spec)["arms"] == found["arms"]
+    # Another start is another row, whatever lies in the folder.
+    other = json.loads((tmp_path / "out" / "step0" / "1.json").read_text())
+    (tmp_path / "out" / "step0" / "1.json").write_text(json.dumps(other | {"weights": "others"}))
+    with pytest.raises(AssertionError, match="evaluated again"):
+        module.start_rows(spec)
     page = write_page(spec, found, "title", "summary", ["command"]).read_text()
+    assert "segmentation loss" in page
     assert found["clock"] == "cpu"
     assert "At equal processor time" in page
     assert "frozen" in page
@@ -151,7 +157,7 @@ def test_mistakes_end_in_one_line(spec_file: Path, tmp_path: Path, capsys: pytes
         assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart", "compare/rooms"])
+@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart", "compare/rooms", "compare/rooms_labels"])
 def test_packaged_comparisons_are_valid(name: str) -> None:
     spec = load_spec(name)
     assert isinstance(spec, Spec)

@@ -8,6 +8,9 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+import torch
+
+from dino_value.data.labelled import open_labelled
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -51,3 +54,31 @@ def test_the_figure_of_finite_differences_is_drawn(
     example.main(tmp_path / "figure.svg")
     assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
     assert len(capsys.readouterr().out.splitlines()) == len(example.CURVES)
+
+
+def test_rooms_are_cut_by_room(tiny_data: Path, tmp_path: Path) -> None:
+    example = load("cut_rooms")
+    example.EVERY = 2  # there are few
+    example.cut_ade20k(tiny_data / "ade", tmp_path / "ade")
+    example.cut_nyuv2(tiny_data / "nyu", tmp_path / "nyu")
+    for layout, name in (("ade20k", "ade"), ("nyuv2", "nyu")):
+        whole = open_labelled(layout, tiny_data / name, "training", neighbours=4)
+        parts = [open_labelled(layout, tmp_path / name, part, neighbours=4) for part in ("training", "validation")]
+        held = [index for index in range(len(whole)) if index // 4 % 2 == 1]
+        assert [len(part) for part in parts] == [len(whole) - len(held), len(held)]
+        assert all(torch.equal(parts[1].load(at)[1], whole.load(index)[1]) for at, index in enumerate(held))
+
+
+def test_gains_are_paired_and_better_is_positive(tmp_path: Path) -> None:
+    example = load("feedback_size")
+    arms = {
+        "baseline": {"miou": [0.1, 0.2], "rmse": [1.0, 2.0]},
+        "value_64": {"miou": [0.11, 0.2], "rmse": [1.0, 1.5]},
+        "value_8": {"miou": [0.1, 0.19], "rmse": [1.5, 2.0]},
+    }
+    found = example.gains(arms, "miou", 100.0)
+    assert list(found) == [8, 64]
+    assert found[64].tolist() == pytest.approx([1.0, 0.0])
+    assert example.gains(arms, "rmse", -1.0)[8].tolist() == pytest.approx([-0.5, 0.0])
+    example.draw(arms, str(tmp_path / "figure.png"))
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

@@ -3,8 +3,8 @@ validation split, the other rooms its training split.
 
     python docs/examples/cut_rooms.py ROOMS OUT
 
-ROOMS has the rooms' layout (ADEChallengeData2016, nyu), four views of a room in a row; OUT gets the same layout, with
-links to the images. The unlabeled views stay as they are: they carry no label.
+ROOMS has the rooms' layout (imagefolder, ADEChallengeData2016, nyu), four views of a room in a row; OUT gets the same
+layout, with links to the images, and stands in for it. The unlabeled views stay as they are: their labels are not read.
 """
 
 import shutil
@@ -46,3 +46,4 @@ if __name__ == "__main__":
     rooms, target = map(Path, sys.argv[1:3])
     cut_ade20k(rooms / "ADEChallengeData2016", target / "ADEChallengeData2016")
     cut_nyuv2(rooms / "nyu", target / "nyu")
+    (target / "imagefolder").symlink_to((rooms / "imagefolder").resolve())
