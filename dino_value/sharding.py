@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from dino_value.blocks import as_unit, unknown
+from dino_value.blocks import as_unit, run_in, unknown
 from dino_value.distributed import Whole, is_first, world
 from dino_value.errors import UserError
 
@@ -51,9 +51,15 @@ def shard(learner: Learner, trains: bool) -> nn.Module:
     for head in (learner.head, learner.patch_head):
         if head is not None:
             fully_shard(head, mesh=mesh, reshard_after_forward=not trains)
-    whole = Whole(learner)
-    fully_shard(whole, mesh=mesh, reshard_after_forward=not trains)
-    return whole
+    as_unit(learner)
+    fully_shard(learner, mesh=mesh, reshard_after_forward=not trains)
+    register_fsdp_forward_method(learner, "through")
+    return _Sharded(learner)
+
+
+class _Sharded(Whole):
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return run_in(self.learner, function, self.learner, *arguments)
 
 
 def check_sharding(config: Config) -> None:
@@ -92,14 +98,20 @@ class Plain:
         if not self.sharded:
             yield self
             return
-        for mine, theirs in self._pairs():
-            mine.data = full(theirs.detach())
+        # What is gathered unit by unit is FSDP's own memory, no copy; but it cannot be written back.
+        units = [] if write else [part for learner in self.learners for part in learner.modules() if _is_unit(part)]
+        for unit in units:
+            unit.unshard()
         try:
+            for mine, theirs in self._pairs():
+                mine.data = full(theirs.detach())
             yield self
             if write:
                 self._write()
         finally:
             self._empty()
+            for unit in units:
+                unit.reshard()
 
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for mine, theirs in zip((self.student, self.teacher), self.learners, strict=True):
@@ -123,6 +135,10 @@ class Plain:
         for learner in (self.student, self.teacher):
             for parameter in learner.parameters():
                 parameter.data = parameter.data.new_empty(0)
+
+
+def _is_unit(module: nn.Module) -> Any:
+    return hasattr(module, "unshard")
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -88,6 +88,8 @@ class Steer:
         self.loss, self.optimizer = loss, optimizer
         backbone = self.student.backbone
         self.scope = open_scope(config, backbone, backbone.final_norm)
+        named = dict(plain.learners[0].backbone.named_parameters())
+        self.trained = [named[name] for name in self.scope.names]  # as the optimizer knows them
         check_sizes(config, backbone.patch_size)
         with refusing("value.combine"):
             check_method(config.value.combine)
@@ -316,9 +318,7 @@ class Steer:
         """The configured direction, bent by the guards, and kept for the closed forms."""
         name = self.config.value.direction
         if name == "adam":
-            learner, _ = self.plain.learners
-            named = dict(learner.backbone.named_parameters())
-            state = AdamState.of(self.optimizer, [named[name] for name in self.scope.names])
+            state = AdamState.of(self.optimizer, self.trained)
             means, squares = ([in_one_piece(part) for part in parts] for parts in (state.exp_avg, state.exp_avg_sq))
             base = adam(state._replace(exp_avg=means, exp_avg_sq=squares), self.clip_scale)
         else:  # a random g_down is drawn above, from a generator of its own

@@ -53,6 +53,8 @@ MODELS = {
 }
 
 
+HELD = 4 * 5
+"""Bytes of a parameter that a process keeps between steps: itself, its gradient, two moments, its moving average."""
 WORLDS = (1, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -87,7 +89,7 @@ def volume(config: Config, sizes: Sizes, world: int = 2) -> tuple[Volume, Volume
 
     The learner's gradient counts as one operation, which DDP cuts into buckets of 25 MiB. Integers have 8 bytes. With
     distributed.strategy=fsdp a unit is a block, the head or the rest; student and teacher gather each in the forward
-    pass, and the student its blocks once more in the backward pass; an update gathers both, tensor by tensor.
+    pass, and the student its blocks once more in the backward pass; an update gathers both.
     """
     f = config.feedback
     labels = labels_of(config)
@@ -115,7 +117,7 @@ def volume(config: Config, sizes: Sizes, world: int = 2) -> tuple[Volume, Volume
             "gradient of θ": (units, 4 * world * share),
             "gradient norm": (1, 4 * sizes.tensors),
         }
-        update["parameters"] = (2 * sizes.tensors, 2 * 4 * share)
+        update["parameters"] = (2 * units, 2 * 4 * share)
     return step, update
 
 
@@ -307,21 +309,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_row(f"{arguments.count}, {what}", str(len(calls)), f"{sum(calls):,}", f"{summed(parts)[1]:,}")
         found["expected"][what] = parts
 
-    models = Table("paper's settings", "θ", "S", "φ", "step, MB", "update, MB", "a step at r, MB")
+    models = Table(
+        "paper's settings", "θ", "S", "φ", "step, MB", "update, MB", "a step at r, MB", "held, GB", "of 8, FSDP"
+    )
     for label, timm_name in MODELS.items():
         config = load_config(BASE, [*PAPER, f"backbone.name={timm_name}", *arguments.overrides])
         sizes = sizes_of(config)
         step, update = volume(config, sizes)
         mean = summed(step)[1] + summed(update)[1] / config.value.period
         millions = [f"{count / 1e6:.2f} M" for count in (sizes.learner, sizes.scope, sizes.designer)]
-        models.add_row(label, *millions, *(f"{size / 1e6:.1f}" for size in (summed(step)[1], summed(update)[1], mean)))
+        handed = [f"{size / 1e6:.1f}" for size in (summed(step)[1], summed(update)[1], mean)]
+        kept = [f"{HELD * numbers / 1e9:.2f}" for numbers in (sizes.learner, sizes.share(8))]
+        models.add_row(label, *millions, *handed, *kept)
         configured[label] = config, sizes
         found["models"][label] = {"sizes": sizes._asdict(), "step": step, "update": update}
     machine = Machine(**{name: getattr(arguments, name) for name in Machine._fields})
     scaling = Table("images/s by the model", "batch", *(f"{world} GPUs" for world in WORLDS))
     for label in MODELS:
         config, sizes = configured[label]
-        for each in (None, 32):  # the paper's batch, and one that grows with the GPUs
+        # The paper's batch, and one that grows with the GPUs.
+        for each, strategy in ((None, "ddp"), (32, "ddp"), (32, "fsdp")):
+            config.distributed.strategy = strategy
             rows: dict[str, list[str]] = {"baseline": [], "value": []}
             for world in WORLDS:
                 batch = config.optim.batch_size if each is None else each * world
@@ -334,8 +342,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name, seconds in zip(rows, step_seconds(now, sizes, world, machine), strict=True):
                     rows[name].append(f"{batch / seconds:,.0f}")
             for name, row in rows.items():
-                scaling.add_row(f"{label}, {name}", "256" if each is None else f"{each} a GPU", *row)
-                found["scaling"][f"{label}, {name}, {each or 256}"] = row
+                scaling.add_row(f"{label}, {strategy}, {name}", "256" if each is None else f"{each} a GPU", *row)
+                found["scaling"][f"{label}, {strategy}, {name}, {each or 256}"] = row
     console = Console()
     for each_table in (table, models, scaling):
         console.print(each_table)

@@ -29,7 +29,7 @@ from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config
 from dino_value.errors import EXIT_DONE, EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, UserError
 from dino_value.parts import WHOLE, Part
-from dino_value.sharding import collect
+from dino_value.sharding import check_sharding, collect
 from dino_value.track import read_metrics
 from dino_value.train import Run, train
 
@@ -422,6 +422,13 @@ def test_alone_everything_is_the_identity() -> None:
 def test_bad_settings(tiny: Callable[..., Config], override: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         tiny(override)
+
+
+@pytest.mark.parametrize("name", ["weights", "unet+best_of_n", "attention"])
+def test_designers_that_need_the_whole_learner_at_every_step(tiny: Callable[..., Config], name: str) -> None:
+    check_sharding(tiny("designer=unet", "distributed.strategy=fsdp"))
+    with pytest.raises(UserError, match=rf"distributed.strategy=fsdp: designer.name={re.escape(name)} .*ddp"):
+        check_sharding(tiny(f"designer={name}"))
 
 
 def test_an_error_is_printed_with_its_code() -> None:

@@ -44,6 +44,7 @@ BENCHMARKS = (
     "dino_value.eval.overhead",
     "dino_value.eval.benchmarks.loops",
     "dino_value.eval.communication",
+    "dino_value.eval.scaling",
 )  # they time training itself
 
 

@@ -377,8 +377,7 @@ def test_a_value_run_trains(tiny: Make, overrides: list[str]) -> None:
 def test_checkpointing_changes_no_gradient(tiny: Make, overrides: list[str], engine: str) -> None:
     found = []
     for on in (False, True):
-        run = Run(tiny(*overrides, f"value.engine={engine}", "backbone.attention=math"))
-        run.student.backbone.model.set_grad_checkpointing(on)
+        run = Run(tiny(*overrides, f"value.engine={engine}", f"backbone.checkpointing={on}"))
         calls = [0]
 
         def count(*_: Any, calls: list[int] = calls) -> None:
