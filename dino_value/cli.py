@@ -202,8 +202,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from dino_value.files import write_json
-    from dino_value.probe import Probed, print_result, probe_run
+    from dino_value.probe import Probed, probe_run
+    from dino_value.report.terminal import probe_table
 
     for name in ("blocks", "batch"):
         value = getattr(arguments, name)
@@ -222,7 +225,7 @@ def _probe(arguments: argparse.Namespace) -> int:
         write_json(path, found)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    print_result(found)
+    Console().print(probe_table(found, "downstream"))
     print(path)
     return EXIT_DONE
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.func import functional_call
 
@@ -36,7 +34,6 @@ from dino_value.value import (
     Gradient,
     ProbeResult,
     Trial,
-    bootstrap_interval,
     combine,
     inner,
     mean_gradient,
@@ -47,7 +44,6 @@ from dino_value.value import (
     probe,
     random_like,
     sgd_update,
-    slope,
 )
 
 LEAST = 8  # labelled images of a sample
@@ -269,7 +265,6 @@ def _doubled(gradient: Sequence[Tensor]) -> Gradient:
 def _summary(rows: Sequence[tuple[Trial, dict[str, Any]]]) -> dict[str, Any]:
     trials, others = zip(*rows, strict=True)
     result = ProbeResult.of(trials)
-    low, high = bootstrap_interval(result.predicted, result.realised)
 
     def r(scores: Sequence[Tensor]) -> float:
         return pearson(torch.stack(list(scores)), result.realised)
@@ -277,32 +272,7 @@ def _summary(rows: Sequence[tuple[Trial, dict[str, Any]]]) -> dict[str, Any]:
     counts = [name for name in others[0] if isinstance(name, int)]
     samples = {n: [r(column) for column in zip(*(row[n] for row in others), strict=True)] for n in counts}
     names = [name for name in others[0] if isinstance(name, str)]
-    return {
-        "pearson": pearson(result.predicted, result.realised),
-        "interval": [low, high],
-        "slope": slope(result.predicted, result.realised),
-        "mean_predicted": float(result.predicted.mean()),
-        "mean_realised": float(result.realised.mean()),
+    return result.summary() | {
         "by_images": {str(n): values for n, values in samples.items()},
         "by_score": {name: r([row[name] for row in others]) for name in names},
-        **{name: column.tolist() for name, column in result._asdict().items()},
     }
-
-
-def print_result(found: dict[str, Any]) -> None:
-    """A line for each task and update."""
-    table = Table(title="one-step value probe: predicted and realised decrease of the held-out downstream loss")
-    for heading in ("task, update", "Pearson r", "95 % interval", "slope", "mean predicted", "mean realised"):
-        table.add_column(heading, justify="right" if heading != "task, update" else "left")
-    for name, row in found.items():
-        if name in ("step", "settings"):
-            continue
-        table.add_row(
-            name.replace("_", ", "),
-            f"{row['pearson']:.3f}",
-            "[{:.3f}, {:.3f}]".format(*row["interval"]),
-            f"{row['slope']:.2f}",
-            f"{row['mean_predicted']:.3g}",
-            f"{row['mean_realised']:.3g}",
-        )
-    Console().print(table)

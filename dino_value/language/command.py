@@ -156,12 +156,15 @@ def _decontaminate(arguments: argparse.Namespace) -> int:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from dino_value.language.probe import print_result, probe_run
+    from rich.console import Console
+
+    from dino_value.language.probe import probe_run
+    from dino_value.report.terminal import probe_table
 
     path = arguments.out or arguments.run / "results" / "probe.json"
     found = probe_run(arguments.run, arguments.held, arguments.trials, arguments.limit, arguments.seed)
     _write(path, found)
-    print_result(found)
+    Console().print(probe_table(found, "answer"))
     print(path)
     return EXIT_DONE
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from dino_value.checkpoint import load_checkpoint
@@ -29,15 +27,12 @@ from dino_value.track import follow
 from dino_value.value import (
     Gradient,
     ProbeResult,
-    bootstrap_interval,
     mean_gradient,
     norm,
     optimizer_update,
-    pearson,
     pre_gradient,
     probe,
     sgd_update,
-    slope,
 )
 
 
@@ -136,7 +131,7 @@ class _Probe:
                     down, pre, delta = ([x.double() for x in part] for part in (self.g_down[domain], g_pre, update))
                     trial = probe(self.downstream, _doubled(self.parameters), down, pre, delta, before)
                     rows.setdefault(f"{name}_{kind}", []).append(trial)
-        return {name: _summary(ProbeResult.of(found)) for name, found in rows.items()}
+        return {name: ProbeResult.of(found).summary() for name, found in rows.items()}
 
 
 def _double(cut: Cut) -> Cut:
@@ -153,32 +148,3 @@ def _double(cut: Cut) -> Cut:
 
 def _doubled(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.double() for name, value in parameters.items()}
-
-
-def _summary(result: ProbeResult) -> dict[str, Any]:
-    low, high = bootstrap_interval(result.predicted, result.realised)
-    return {
-        "pearson": pearson(result.predicted, result.realised),
-        "interval": [low, high],
-        "slope": slope(result.predicted, result.realised),
-        "mean_predicted": float(result.predicted.mean()),
-        "mean_realised": float(result.realised.mean()),
-        **{name: column.tolist() for name, column in result._asdict().items()},
-    }
-
-
-def print_result(found: Mapping[str, Any]) -> None:
-    """A line for each task and update."""
-    table = Table(title="one-step value probe: predicted and realised decrease of the held-out answer loss")
-    for heading in ("task, update", "Pearson r", "95 % interval", "slope", "mean predicted", "mean realised"):
-        table.add_column(heading, justify="right" if heading != "task, update" else "left")
-    for name, row in found.items():
-        table.add_row(
-            name.replace("_", ", "),
-            f"{row['pearson']:.3f}",
-            "[{:.3f}, {:.3f}]".format(*row["interval"]),
-            f"{row['slope']:.2f}",
-            f"{row['mean_predicted']:.3g}",
-            f"{row['mean_realised']:.3g}",
-        )
-    Console().print(table)

@@ -1,6 +1,9 @@
-"""The report's table and sentences for a terminal."""
+"""Tables for a terminal."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -29,4 +32,23 @@ def results_table(results: Results, title: str | None = None) -> Table:
         table.add_column(Text(metric_of(key).heading), justify="right")
     for arm, row in arms.items():
         table.add_row(Text(arm_label(arm)), *(summarise(row[k]).show(metric_of(k)) if k in row else "–" for k in keys))
+    return table
+
+
+def probe_table(found: Mapping[str, Any], loss: str) -> Table:
+    """A line for each task and update of what `dino-value probe` found about `loss`."""
+    table = Table(title=f"one-step value probe: predicted and realised decrease of the held-out {loss} loss")
+    for heading in ("task, update", "Pearson r", "95 % interval", "slope", "mean predicted", "mean realised"):
+        table.add_column(heading, justify="right" if heading != "task, update" else "left")
+    for name, row in found.items():
+        if name in ("step", "settings"):
+            continue
+        table.add_row(
+            name.replace("_", ", "),
+            f"{row['pearson']:.3f}",
+            "[{:.3f}, {:.3f}]".format(*row["interval"]),
+            f"{row['slope']:.2f}",
+            f"{row['mean_predicted']:.3g}",
+            f"{row['mean_realised']:.3g}",
+        )
     return table

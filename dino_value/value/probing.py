@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,6 +119,21 @@ class ProbeResult(NamedTuple):
         if not columns:
             raise ValueError("probe: no trials")
         return cls(*(torch.stack([part.detach().double() for part in column]).cpu() for column in columns))
+
+    def summary(self) -> dict[str, Any]:
+        """r with its interval, slope and means, and the columns themselves: what a file holds.
+
+        Raises:
+            ValueError: as `pearson`.
+        """
+        return {
+            "pearson": pearson(self.predicted, self.realised),
+            "interval": list(bootstrap_interval(self.predicted, self.realised)),
+            "slope": slope(self.predicted, self.realised),
+            "mean_predicted": float(self.predicted.mean()),
+            "mean_realised": float(self.realised.mean()),
+            **{name: column.tolist() for name, column in self._asdict().items()},
+        }
 
 
 def pearson(predicted: Tensor, realised: Tensor) -> float:
