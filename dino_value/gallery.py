@@ -67,8 +67,7 @@ def mask_pictures(config: Config, steer: Steer | None) -> dict[str, NDArray[np.u
     from dino_value.report.figures import masks_figure
 
     images = held_out_images(config)
-    found = None if images is None else designed(config, steer, images)
-    if found is None:
+    if images is None or (found := designed(config, steer, images)) is None:
         return {}
     figure = masks_figure(images, {config.method: found[0]}, {config.method: found[1]})
     return {"masks": np.asarray(Image.open(io.BytesIO(figure.panels[0].png)).convert("RGB"))}

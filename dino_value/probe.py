@@ -180,7 +180,7 @@ class _Probe:
     def trials(self, count: int) -> dict[str, Any]:
         before, base = self.downstream(_double(self.parameters)), _double(self.parameters)
         down = _doubled(self.g_down)
-        found: dict[tuple[str, str], list[tuple[Trial, dict[str, Any]]]] = {}
+        found: dict[tuple[str, str], list[tuple[Trial, dict[Any, Any]]]] = {}
         for number in follow(range(count), "probing", count):
             for task in self.what.tasks:
                 g_pre, length = self.g_pre(number, task == "designed")
@@ -262,7 +262,7 @@ def _doubled(gradient: Sequence[Tensor]) -> Gradient:
     return [part.double() for part in gradient]
 
 
-def _summary(rows: Sequence[tuple[Trial, dict[str, Any]]]) -> dict[str, Any]:
+def _summary(rows: Sequence[tuple[Trial, dict[Any, Any]]]) -> dict[str, Any]:
     trials, others = zip(*rows, strict=True)
     result = ProbeResult.of(trials)
 
