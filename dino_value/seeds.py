@@ -11,7 +11,7 @@ import torch
 def key(seed: int, *parts: int | str) -> int:
     """A 63-bit seed from a run's seed and the names and numbers of what is being drawn."""
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
-    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, *parts: int | str) -> torch.Generator:

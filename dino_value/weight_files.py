@@ -117,7 +117,7 @@ def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     total = zlib.crc32(json.dumps(sorted(item for item in header.items() if item[0] != CHECKSUM)).encode())
     for name, value in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), total)
-        total = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), total)
+        total = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, total)
     return f"{total:08x}"
 
 
