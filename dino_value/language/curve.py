@@ -5,18 +5,19 @@ As measured, and the best so far: what one would hold who keeps the best checkpo
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dino_value.errors import UserError
 from dino_value.files import write_bytes, write_json
 from dino_value.language.config import load_language_config
-from dino_value.report.figures import DPI, PAPER, arm_styles, over_seeds
+from dino_value.report.drawing import DPI, PAPER, arm_styles, to_png
+from dino_value.report.figures import over_seeds
 from dino_value.report.statistics import order_arms
 from dino_value.track import read_metrics
 
@@ -64,9 +65,6 @@ def curves_of_runs(runs: Sequence[Path], metric: str) -> dict[str, list[Curve]]:
 def draw(curves: Mapping[str, Sequence[Curve]], metric: str) -> bytes:
     """A PNG with a panel as measured and one of the best so far; lines are means over seeds, bands reach from the
     lowest seed to the highest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8.4, 3.6), dpi=DPI, layout="constrained", facecolor=PAPER)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title in zip(panels, ("raw", "best"), strict=True):
@@ -81,9 +79,7 @@ def draw(curves: Mapping[str, Sequence[Curve]], metric: str) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(metric.replace("_", " "))
     panels[0].legend(frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    return to_png(figure)
 
 
 def write_curves(runs: Sequence[Path], out: Path, metric: str = "held_loss") -> None:
