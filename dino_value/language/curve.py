@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dino_value.errors import UserError
@@ -64,8 +65,6 @@ def curves_of_runs(runs: Sequence[Path], metric: str) -> dict[str, list[Curve]]:
 def draw(curves: Mapping[str, Sequence[Curve]], metric: str) -> bytes:
     """A PNG with a panel as measured and one of the best so far; lines are means over seeds, bands reach from the
     lowest seed to the highest."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(8.4, 3.6), dpi=DPI, layout="constrained", facecolor=PAPER)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, title in zip(panels, ("raw", "best"), strict=True):
