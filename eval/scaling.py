@@ -7,6 +7,7 @@ Views are drawn before; reading images is not measured (docs/scaling.md).
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import re
 import statistics
 import tempfile
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
@@ -90,7 +90,7 @@ def _work(arm: Arm, rank: int, overrides: list[str], folder: str, orders: Connec
 @contextlib.contextmanager
 def started(arm: Arm, overrides: list[str], folder: str) -> Iterator[list[Connection]]:
     """The processes of an arm, each by the pipe that takes its orders."""
-    context = mp.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")
     pairs = [context.Pipe() for _ in range(arm.processes)]
     processes = [
         context.Process(target=_work, args=(arm, rank, overrides, folder, theirs), daemon=True)
