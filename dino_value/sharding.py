@@ -99,7 +99,8 @@ class Plain:
             yield self
             return
         # What is gathered unit by unit is FSDP's own memory, no copy; but it cannot be written back.
-        units = [] if write else [part for learner in self.learners for part in learner.modules() if _is_unit(part)]
+        learners = () if write else self.learners
+        units: list[Any] = [part for learner in learners for part in learner.modules() if _is_unit(part)]
         for unit in units:
             unit.unshard()
         try:
