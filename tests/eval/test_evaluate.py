@@ -21,6 +21,7 @@ from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import command, common, depth, fitting, linear, seg
+from dino_value.weight_files import with_checksum
 
 SIZE = (32, 32)
 COLOURS = torch.tensor([[230, 30, 30], [30, 230, 30], [30, 30, 230], [230, 230, 30]], dtype=torch.uint8)
@@ -302,7 +303,7 @@ def test_min_match_reaches_the_loader(weights: str, tmp_path: Path) -> None:
     del tensors["norm.weight"], tensors["norm.bias"]
     part = tmp_path / "part.safetensors"
     with safe_open(weights, framework="pt") as file:
-        save_file(tensors, part, metadata=file.metadata())
+        save_file(tensors, part, metadata=with_checksum(tensors, file.metadata()))
     arguments = [str(part), "--data", "scenes", "--out", str(tmp_path / "out"), "--size", "32", "--device", "cpu"]
     with pytest.raises(UserError, match="missing 2"):
         seg.main([*arguments, "--steps", "1", "--min-match", "1"])

@@ -532,7 +532,18 @@ def test_every_entry_of_the_registry(name: str) -> None:
     assert found.name == name
     flags = set(vars(command.build_parser(found).parse_args(["w", "--data", "d", "--out", "o"])))
     # Every flag sets an option, or is one that the command line knows.
-    known = {"weights", "data", "out", "model", "min_match", "skip_unreadable", "set", "group_pattern", "matmul"}
+    known = {
+        "weights",
+        "data",
+        "out",
+        "model",
+        "min_match",
+        "skip_unreadable",
+        "set",
+        "group_pattern",
+        "matmul",
+        "quiet",
+    }
     assert flags - known <= set(found.defaults.__dataclass_fields__)
 
 
