@@ -398,8 +398,12 @@ def pca_figure(images: ArrayLike, features: Mapping[str, ArrayLike]) -> Figure:
         cells[row][0].imshow(image)
         for column, arm in enumerate(order, 1):
             cells[row][column].imshow(colours[arm][row], interpolation="nearest")
+    longest = max(map(len, map(arm_label, order)))
+    # points above a cell; a bold letter is three quarters of its size wide
+    room = 72 * figure.get_figwidth() / (len(order) + 1)
     for column, arm in enumerate(order, 1):
-        cells[0][column].set_title(arm_label(arm), fontsize=11, pad=4, color=style_of(arm).colour, weight="bold")
+        heading = {"fontsize": min(11, room / (0.75 * longest)), "color": style_of(arm).colour, "weight": "bold"}
+        cells[0][column].set_title(arm_label(arm), pad=4, **heading)
     arms = ", ".join(map(arm_label, order))
     alt = f"{len(originals)} images, and for each the PCA colours of the patch features of the arms {arms}."
     caption = (
