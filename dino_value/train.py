@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_value import distributed
-from dino_value.backbones import WEIGHTS_NAME, backbone_weights, create_backbone, save_backbone, write_weights
+from dino_value.backbones import WEIGHTS_NAME, backbone_weights, create_backbone, write_weights
 from dino_value.checkpoint import (
     FOREIGN,
     Best,
@@ -462,10 +462,13 @@ class Run:
 
     def save_weights(self, folder: Path) -> None:
         """The teacher's backbone as timm-keyed weights."""
+        teacher = collect(self.teacher.state_dict())
+        if not distributed.is_first():
+            return
         try:
-            with self.plain.filled() as plain:
-                if distributed.is_first():
-                    save_backbone(folder / WEIGHTS_NAME, plain.teacher.backbone, {"step": str(self.step)})
+            write_weights(
+                folder / WEIGHTS_NAME, *backbone_weights(self.teacher.backbone, {"step": str(self.step)}, teacher)
+            )
         except OSError as error:
             raise _not_saved(folder, self.step, error) from None
 
