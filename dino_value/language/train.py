@@ -263,7 +263,10 @@ def check_fit(config: LanguageConfig, learner: Learner, tokenizer: Any) -> None:
     """Raises:
     UserError: lengths beyond the model's window, a tokenizer of another vocabulary, or too many candidates.
     """
-    for name, length in (("data.length", config.data.length), ("value.length", config.value.length)):
+    lengths = {"data.length": config.data.length}
+    if config.method in SOFT:
+        lengths["value.length"] = config.value.length
+    for name, length in lengths.items():
         if length > learner.window:
             raise UserError(f"{name}={length}: the model's window is {learner.window} tokens; choose at most that")
     if len(tokenizer) > len(learner.embedding):

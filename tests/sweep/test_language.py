@@ -30,7 +30,13 @@ def sweep(tmp_path: Path) -> Callable[..., Sweep]:
             "overrides": {
                 **{"method": "baseline", "steps": 2, "device": "cpu", "precision": "fp32", "checkpoint.export": False},
                 **{"learner.model": str(tmp_path / "model"), "data.stream": str(tmp_path / "stream.jsonl")},
-                **{"data.length": 40, "optim.batch_size": 2, "optim.accumulation": 1, "held.every": 9},
+                **{
+                    "data.length": 40,
+                    "value.length": 40,
+                    "optim.batch_size": 2,
+                    "optim.accumulation": 1,
+                    "held.every": 9,
+                },
                 "held.file": str(tmp_path / "held.jsonl"),
             },
             "space": {"optim.lr": [1e-3, 1e-2]},
