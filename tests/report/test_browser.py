@@ -119,7 +119,7 @@ evaluate:
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     head, *rows = tables[0]
     assert head[0] == "arm"
-    shown = {metric_of(key).heading: key for key in ("miou", "rmse")}
+    shown = {metric_of(key).heading: key for key in ("miou", "miou_loss", "rmse", "rmse_loss")}
     assert set(head[1:]) == set(shown)
     assert len(rows) == 3
     for arm, *cells in rows:
