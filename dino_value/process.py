@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def bfloat16(precision: str, device: torch.device) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_requests() -> Iterator[Any]:
     """A function that says whether SIGTERM, SIGINT or SIGUSR2 has come; a second SIGINT leaves at once."""
     requested: list[int] = []
@@ -80,7 +80,7 @@ def stop_requests() -> Iterator[Any]:
             signal.signal(number, handler)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _leaving_at_once() -> Iterator[None]:
     """A second SIGINT ends the process although the main thread is busy: Python's handlers wait until it comes back
     from torch, and a backward pass of a large model is one call."""
@@ -94,6 +94,9 @@ def _leaving_at_once() -> Iterator[None]:
             numbers = heard.recv(64)
             if not numbers:  # the other end is closed
                 return
+            if before != -1:  # whoever listened before still hears all: a launcher tells pre-emption by it
+                with contextlib.suppress(OSError):
+                    os.write(before, numbers)
             count += numbers.count(signal.SIGINT)
         if not over.wait(GRACE):
             os.write(2, f"{LEFT_AT_ONCE}\n".encode())

@@ -401,9 +401,9 @@ def pca_figure(images: ArrayLike, features: Mapping[str, ArrayLike]) -> Figure:
     longest = max(map(len, map(arm_label, order)))
     # points above a cell; a bold letter is three quarters of its size wide
     room = 72 * figure.get_figwidth() / (len(order) + 1)
+    size = min(11, room / (0.75 * longest))
     for column, arm in enumerate(order, 1):
-        heading = {"fontsize": min(11, room / (0.75 * longest)), "color": style_of(arm).colour, "weight": "bold"}
-        cells[0][column].set_title(arm_label(arm), pad=4, **heading)
+        cells[0][column].set_title(arm_label(arm), fontsize=size, pad=4, color=style_of(arm).colour, weight="bold")
     arms = ", ".join(map(arm_label, order))
     alt = f"{len(originals)} images, and for each the PCA colours of the patch features of the arms {arms}."
     caption = (

@@ -15,6 +15,7 @@ import submitit
 from dino_value.arguments import exit_code
 from dino_value.cli import main as dino_value
 from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, UserError
+from dino_value.process import stop_requests
 from dino_value.slurm import jobs, launch, snapshot
 
 Entry = Callable[[list[str]], int]
@@ -249,3 +250,11 @@ def test_no_job_and_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for arguments in (["--folder", str(tmp_path / "none")], ["7", "--folder", str(tmp_path)]):
         assert exit_code(lambda given=arguments: jobs.main(given)) == EXIT_USER
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_launcher_hears_the_signals_that_training_answers() -> None:
+    with launch.received_signals() as received:
+        with stop_requests() as stopping:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            assert stopping()
+        assert signal.SIGUSR2 in received()
