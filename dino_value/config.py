@@ -482,6 +482,8 @@ def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], sc
         given = OmegaConf.from_dotlist(list(overrides))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
+    except OSError as error:  # also what OmegaConf makes of a file that holds bytes or a date alone
+        raise UserError(f"{source}: cannot be read as keys and values: {_one_line(error)}") from None
     for part in overrides:
         if "=" not in part:
             raise UserError(f"override {part!r}: write key=value, for example steps=300")
@@ -718,7 +720,8 @@ def _refuse_unknown(given: Any, schema: type, prefix: str, root: type) -> None:
         if key not in sections:
             known = _all_keys(root, "")
             near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)
-            raise UserError(f"unknown configuration key {prefix}{key}; did you mean {near[0]}?")
+            name = " ".join(f"{prefix}{key}".split())  # whatever is in it, one line
+            raise UserError(f"unknown configuration key {name}; did you mean {near[0]}?")
         default = sections[key].default
         if isinstance(default, tuple) and isinstance(value, list) and len(value) != len(default):
             raise UserError(
