@@ -94,7 +94,7 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     if path.suffix == ".safetensors":
         header = read_header(path)  # says what is wrong with a damaged one
         content: Any = load_file(path)
-        if header and header.get(CHECKSUM, checksum(content, header)) != checksum(content, header):
+        if header and CHECKSUM in header and header[CHECKSUM] != checksum(content, header):
             raise UserError(
                 f"{path}: damaged, its checksum is wrong; if it is a run's, the command that trained it writes it again"
             )
