@@ -8,10 +8,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dino_value import __version__
 from dino_value.arguments import Parser, exit_code
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
+
+if TYPE_CHECKING:
+    from dino_value.config import Config
 
 # Commands with a parser of their own, each a function of the arguments that follow its name.
 DELEGATED = {
@@ -53,7 +57,7 @@ def check(arguments: Sequence[str]) -> None:
         from dino_value.config import load_config
 
         parsed = _parse(list(arguments))
-        load_config(parsed.config, parsed.overrides)
+        _evaluations(load_config(parsed.config, parsed.overrides))
     elif arguments[0] == "eval" and len(arguments) > 1:
         from dino_value.eval.command import build_parser, evaluation
 
@@ -169,10 +173,24 @@ def _train(arguments: argparse.Namespace) -> int:
     from dino_value.train import train
 
     config = load_config(arguments.config, arguments.overrides)
-    folder = train(config, quiet=arguments.quiet, override=arguments.override)
+    evaluate = _evaluations(config)
+    folder = train(config, quiet=arguments.quiet, override=arguments.override, evaluate=evaluate)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(folder)
     return EXIT_DONE
+
+
+def _evaluations(config: Config) -> Callable[[Path], str] | None:
+    """What submits a run's evaluations, if it has any.
+
+    Raises:
+        UserError: one of them would be refused.
+    """
+    if not config.evaluation.every:
+        return None
+    from dino_value.slurm.evaluations import Evaluations
+
+    return Evaluations(config.evaluation).submit
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -288,6 +288,16 @@ class TrackConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Evaluations that `dino-value train` submits as jobs of their own (docs/launch.md); training does not wait."""
+
+    every: int = 0  # steps between them; the last step is evaluated too; 0: none
+    # what follows `dino-value eval`, without weights and --out: "seg --data ADEChallengeData2016"
+    commands: list[str] = field(default_factory=list)
+    job: str = ""  # flags of `dino-value launch`: "--partition NAME --gpus-per-node 1 --timeout 120"
+
+
+@dataclass
 class Config:
     out: str = MISSING
     # or baseline; random: φ follows a random direction; adversarial: φ raises the loss (ADIOS, arXiv 2201.13100);
@@ -312,6 +322,7 @@ class Config:
     health: HealthConfig = field(default_factory=HealthConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
     def designs(self) -> bool:
@@ -367,6 +378,7 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
     "health.every": 0,
+    "evaluation.every": 0,
     "health.images": 2,
     "health.knn_images": 20,
     "health.patience": 0,
@@ -578,6 +590,11 @@ def check(config: Config) -> Config:
         raise UserError(
             f"health.knn={config.health.knn} is measured every health.every steps, which is 0: set it, for example "
             f"health.every={max(1, config.steps // 20)}"
+        )
+    if bool(config.evaluation.every) != bool(config.evaluation.commands):
+        raise UserError(
+            f"evaluation.every={config.evaluation.every} with {len(config.evaluation.commands)} evaluation.commands: "
+            "one without the other submits nothing; give both, or neither"
         )
     if config.objective.head is not None and config.objective.name != "dino":
         raise UserError(f"objective.head is DINO's: objective.name={config.objective.name} has none; leave it out")

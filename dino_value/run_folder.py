@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.checkpoint import latest_checkpoint
-from dino_value.config import DistributedConfig, HealthConfig, TrackConfig, save_config
+from dino_value.config import DistributedConfig, EvaluationConfig, HealthConfig, TrackConfig, save_config
 from dino_value.errors import UserError
 from dino_value.files import sweep, write_json
 from dino_value.track import read_metrics
@@ -86,6 +86,7 @@ _OURS = {
     "learner",
     "results",
     "export",
+    "evaluations",
     "tensorboard",
     "wandb",
     "report.html",
@@ -94,7 +95,12 @@ _OURS = {
 # What a run may change when it goes on: it decides how it runs, not what it computes.
 _FREE = {"out", "device", "log_every", "data.workers", "optim.skip_nonfinite", "backbone.checkpointing"} | {
     f"{part}.{item.name}"
-    for part, schema in (("health", HealthConfig), ("distributed", DistributedConfig), ("track", TrackConfig))
+    for part, schema in (
+        ("health", HealthConfig),
+        ("distributed", DistributedConfig),
+        ("track", TrackConfig),
+        ("evaluation", EvaluationConfig),
+    )
     for item in fields(schema)
 }
 

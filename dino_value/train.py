@@ -64,13 +64,24 @@ from dino_value.weights import fit_positions, load_head
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
 
 
-def train(config: Config, quiet: bool = False, override: bool = False, until: int | None = None) -> Path:
+Evaluate = Callable[[Path], str]
+
+
+def train(
+    config: Config,
+    quiet: bool = False,
+    override: bool = False,
+    until: int | None = None,
+    evaluate: Evaluate | None = None,
+) -> Path:
     """Train to `config.steps`, going on from the newest checkpoint in `config.out` if there is one; the run folder.
 
     Args:
         quiet: no progress; warnings are said all the same.
         override: go on with a run although its settings were others.
         until: pause after so many of these steps, saved: the same call without it goes on, exactly.
+        evaluate: starts evaluations of the weights in a folder, every `evaluation.every` steps and at the end, and says
+            what it did; if it cannot (UserError), training goes on.
 
     Raises:
         UserError: bad data, weights or settings; a loss that is not finite.
@@ -78,10 +89,17 @@ def train(config: Config, quiet: bool = False, override: bool = False, until: in
         ProcessLost: another of several processes is gone.
     """
     with distributed.joined(config), stop_requests() as stopping:
-        return _train(config, quiet or not distributed.is_first(), override, until, stopping)
+        return _train(config, quiet or not distributed.is_first(), override, until, evaluate, stopping)
 
 
-def _train(config: Config, quiet: bool, override: bool, until: int | None, stopping: Callable[[], bool]) -> Path:
+def _train(
+    config: Config,
+    quiet: bool,
+    override: bool,
+    until: int | None,
+    evaluate: Evaluate | None,
+    stopping: Callable[[], bool],
+) -> Path:
     folder, first = Path(config.out), distributed.is_first()
     check_trackers(config.track)
     newest = distributed.from_first(lambda: latest_checkpoint(folder / "checkpoints"))
@@ -158,6 +176,15 @@ def _train(config: Config, quiet: bool, override: bool, until: int | None, stopp
                 for event in events:
                     metrics.write(run.step, {"event": event.kind, "message": event.text})
                     reporter.warn(event.text)
+            if config.evaluation.every and (run.step % config.evaluation.every == 0 or last):
+                place = folder / "evaluations" / f"step_{run.step:08d}"
+                run.save_weights(place)
+                if evaluate is not None and metrics is not None:
+                    try:
+                        reporter.note(evaluate(place))
+                    except UserError as error:
+                        metrics.write(run.step, {"event": "not evaluated", "message": str(error)})
+                        reporter.warn(f"{place.name}: not evaluated: {error}")
             stop, due = distributed.anywhere(stopping()), run.step % config.checkpoint.every == 0 or run.step == end
             if due:
                 run.best.judge(run.step)
@@ -466,6 +493,7 @@ class Run:
         if not distributed.is_first():
             return
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             write_weights(
                 folder / WEIGHTS_NAME, *backbone_weights(self.teacher.backbone, {"step": str(self.step)}, teacher)
             )

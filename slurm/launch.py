@@ -267,6 +267,20 @@ def add_resources(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--after", metavar="JOB[:JOB]", help="start when these jobs have ended well")
 
 
+def job_parser(usage: str | None = None) -> Parser:
+    """The flags of `dino-value launch`, --cluster among them."""
+    parser = Parser(
+        "dino-value launch",
+        description="Run `dino-value train CONFIG key=value …`, or what begins with eval or language, as a job that is "
+        "put back into the queue when it is interrupted.",
+        usage=usage,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
+    add_resources(parser)
+    return parser
+
+
 def parse_resources(arguments: argparse.Namespace, parallel: int = Resources.parallel) -> Resources:
     """What the flags of `add_resources` ask for.
 
@@ -301,15 +315,9 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: a command that would be refused anyway, or a job that is.
     """
-    parser = Parser(
-        "dino-value launch",
-        description="Run `dino-value train CONFIG key=value …`, or what begins with eval or language, as a job that is "
-        "put back into the queue when it is interrupted.",
-        usage="dino-value launch [job flags] (CONFIG [key=value …] | eval NAME RUN --data PATH … | language COMMAND …)",
-        allow_abbrev=False,
+    parser = job_parser(
+        "dino-value launch [job flags] (CONFIG [key=value …] | eval NAME RUN --data PATH … | language COMMAND …)"
     )
-    parser.add_argument("--cluster", choices=["slurm", "local", "debug"], default="slurm")
-    add_resources(parser)
     arguments, rest = parser.parse_known_args(list(argv))
     if not rest:
         parser.error("give a configuration, or eval NAME …")

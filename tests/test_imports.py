@@ -37,7 +37,7 @@ ONLY: dict[str, tuple[str, ...]] = {
         "arguments",
         "report",
     ),
-    "slurm": ("cli", "arguments", "files", "track"),
+    "slurm": ("cli", "arguments", "config", "files", "track"),
 }
 NEVER = {"eval": ("train",)}
 BENCHMARKS = (

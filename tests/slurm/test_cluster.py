@@ -17,10 +17,12 @@ import submitit
 import torch
 
 from dino_value.checkpoint import load_checkpoint
+from dino_value.config import Config
 from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
 from dino_value.slurm.jobs import describe, read_records
 from dino_value.slurm.launch import Resources, submit
 from dino_value.track import read_metrics
+from dino_value.train import train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -28,6 +30,7 @@ STEPS = 120
 SMALL = Resources(cpus_per_task=1)
 # More than half of a node's 8 CPUs: two such jobs fill the two nodes, and a third has to push one out.
 BIG = 5
+EVALUATION = "depth --data scenes --size 48 --steps 2 --batch 4 --workers 0"
 
 
 def sum_of_ranks(arguments: list[str]) -> int:
@@ -105,8 +108,12 @@ def jobs(cluster: Path, tiny_yaml: Path, tmp_path_factory: pytest.TempPathFactor
     send("disturbed", Resources(partition="low", cpus_per_task=BIG), training("disturbed"))
     send("undisturbed", Resources(partition="high", cpus_per_task=BIG), training("undisturbed"))
     send("cancelled", SMALL, [str(root / "cancelled")], entry=until_stopped)
+    four = [f"out={root / 'four'}", "steps=4", "value.engine=finite_difference", "evaluation.every=4"]
+    four += [f"evaluation.commands=['{EVALUATION}']", "evaluation.job='--partition high --cpus 1'"]
+    nodes = Resources(nodes=2, tasks_per_node=2, cpus_per_task=1)
+    send("four", nodes, ["train", str(tiny_yaml), *four, "--quiet"])
     send("array", SMALL, *([str(root / f"element_{index}")] for index in range(3)), entry=write_down)
-    send("ranks", Resources(nodes=2, tasks_per_node=2, cpus_per_task=1), [str(root / "ranks")], entry=sum_of_ranks)
+    send("ranks", nodes, [str(root / "ranks")], entry=sum_of_ranks)
     return found
 
 
@@ -184,6 +191,23 @@ def test_four_tasks_on_two_nodes_find_each_other(jobs: Jobs) -> None:
     assert [(rank["sum"], rank["world"]) for rank in ranks] == [(6, 4)] * 4
     assert [rank["local"] for rank in ranks] == ["0", "1", "0", "1"]
     assert [rank["node"] for rank in ranks] == ["n1", "n1", "n2", "n2"]
+
+
+def test_four_tasks_on_two_nodes_train_as_one_and_submit_an_evaluation(
+    jobs: Jobs, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    assert ended(jobs["four"][0]) == EXIT_DONE, jobs["four"][0].stderr()
+    one = train(tiny(f"out={tmp_path / 'one'}", "steps=4", "value.engine=finite_difference"), quiet=True)
+    there, here = (load_checkpoint(folder)["student"] for folder in (jobs["root"] / "four", one))
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=2e-3, atol=2e-3 * float(value.abs().max()))
+    place = jobs["root"] / "four" / "evaluations"
+    (record,) = read_records(place / "jobs")
+    wait(lambda: describe([record], place / "jobs")[0]["state"] not in ("PENDING", "RUNNING", "COMPLETING"))
+    (row,) = describe([record], place / "jobs", tail=20)
+    assert row["state"] == "COMPLETED", row
+    results = place / "step_00000004" / "results" / "depth" / "results.json"
+    assert json.loads(results.read_text())["rmse"] > 0
 
 
 def test_a_time_limit_requeues(jobs: Jobs) -> None:
