@@ -1,4 +1,4 @@
-"""`dino-value language train|eval|decontaminate|probe|curve`."""
+"""`dino-value language train|eval|decontaminate|probe|map|curve`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe.json)")
     probe.set_defaults(command=_probe)
 
+    look = commands.add_parser("map", help="token by token: targets the feedback asks for, targets the run makes")
+    look.add_argument("run", type=Path, metavar="RUN", help="folder of a run with feedback")
+    look.add_argument("--rows", type=int, default=1, help="of unlabeled text (default: %(default)s)")
+    look.add_argument("--seed", type=int, default=0, help="of the text (default: %(default)s)")
+    look.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/map.json)")
+    look.set_defaults(command=_map)
+
     curve = commands.add_parser("curve", help="token efficiency: a metric of runs against unlabeled tokens")
     curve.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders; of one method: its seeds")
     curve.add_argument("--metric", default="held_loss", help="a key of metrics.jsonl (default: %(default)s)")
@@ -165,6 +172,17 @@ def _probe(arguments: argparse.Namespace) -> int:
     found = probe_run(arguments.run, arguments.held, arguments.trials, arguments.limit, arguments.seed)
     _write(path, found)
     Console().print(probe_table(found, "answer"))
+    print(path)
+    return EXIT_DONE
+
+
+def _map(arguments: argparse.Namespace) -> int:
+    from dino_value.language.value_map import map_run, print_map
+
+    path = arguments.out or arguments.run / "results" / "map.json"
+    found = map_run(arguments.run, arguments.rows, arguments.seed)
+    _write(path, found)
+    print_map(found)
     print(path)
     return EXIT_DONE
 

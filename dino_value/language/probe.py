@@ -54,22 +54,38 @@ def probe_run(folder: Path, file: str, trials: int = 32, limit: int = 64, seed: 
     """
     if trials < 3:
         raise UserError(f"--trials {trials}: a correlation needs 3 or more")
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder}: not a run folder (no config.yaml)")
-    config = load_language_config(folder / "config.yaml", [f"out={folder}"])
-    if config.method not in STEERED:
-        raise UserError(f"{folder}: method={config.method} has no g_down; probe a run of {', '.join(STEERED)}")
-    run = Run(config)
-    run.load_state_dict(load_checkpoint(folder, "learner"))
-    assert run.steer is not None
-    if not run.steer.updates:
-        raise UserError(f"{folder}: stopped before the first designer update (value.burn_in); nothing to probe")
-    taught = {one for examples in run.steer.feedback.values() for one in examples.examples}
+    run, steer = open_steered(folder)
+    taught = {one for examples in steer.feedback.values() for one in examples.examples}
     held = [one for one in read_examples(file, limit) if one not in taught]
     if not held:
         raise UserError(f"{file}: holds nothing but the run's own feedback; give other examples")
     examples = ExampleSet(held, Encoder(run.encoder.tokenizer), run.learner.window, len(held), seed, file)
-    return _Probe(run, run.steer, examples, seed).trials(trials)
+    return _Probe(run, steer, examples, seed).trials(trials)
+
+
+def open_steered(folder: Path) -> tuple[Run, Steer]:
+    """A run with feedback, at its last checkpoint.
+
+    Raises:
+        UserError: no such run, or one that has not used its feedback.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: not a run folder (no config.yaml)")
+    config = load_language_config(folder / "config.yaml", [f"out={folder}"])
+    if config.method not in STEERED:
+        raise UserError(f"{folder}: method={config.method} has no g_down; choose a run of {', '.join(STEERED)}")
+    run = Run(config)
+    run.load_state_dict(load_checkpoint(folder, "learner"))
+    assert run.steer is not None
+    if not run.steer.updates:
+        raise UserError(f"{folder}: stopped before the first designer update (value.burn_in); nothing to look at")
+    return run, run.steer
+
+
+def feedback_gradient(steer: Steer, domain: str) -> Gradient:
+    """g_down of a domain, over at most eight batches of its examples."""
+    batches = range(min(8, steer.feedback[domain].per_epoch))
+    return mean_gradient(steer.downstream(domain, number)[0] for number in batches)
 
 
 class _Probe:
@@ -82,12 +98,7 @@ class _Probe:
         self.live = [named[name] for name in self.learner.scope.names]
         self.parameters = self.learner.parameters_in_scope()
         with constant(self.learner):
-            self.g_down = {
-                domain: mean_gradient(
-                    steer.downstream(domain, number)[0] for number in range(min(8, examples.per_epoch))
-                )
-                for domain, examples in steer.feedback.items()
-            }
+            self.g_down = {domain: feedback_gradient(steer, domain) for domain in steer.feedback}
         batch = held.rows(range(len(held))).to(run.device)
         # In float64: the decrease of one step is lost in float32's rounding.
         self.exact = copy.deepcopy(self.learner).double()

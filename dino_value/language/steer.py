@@ -124,14 +124,24 @@ class TargetTask:
         """The soft cross-entropy, a mean over tokens."""
         return (hidden[0] * self.terms(hidden, parameters)).sum()
 
+    def values_along(self, u: Gradient, hidden: tuple[Tensor, ...], parameters: dict[str, Tensor]) -> Tensor:
+        """v = −D of every candidate, [T K], without φ."""
+        with full_precision(hidden[0]):
+            return term_values(lambda theta: self.terms(_float(hidden), theta), parameters, u, derivative="jvp")
+
     def _keep(self, gradient: Tensor) -> None:
         self.cotangent = -gradient.detach()  # v: what the engine sent to w
 
     def value_map(self) -> ValueMap:
         """v and q, once a value step has run this task."""
         assert self.cotangent is not None
+        return ValueMap(self.cotangent, self.targets)
+
+    @property
+    def targets(self) -> Tensor:
+        """q [T K], of the last `trunk`."""
         assert self._targets is not None
-        return ValueMap(self.cotangent, self._targets)
+        return self._targets
 
 
 def token_losses(learner: Learner, cut: Cut, counted: Tensor, ids: Tensor, chunk: int) -> Tensor:
@@ -321,7 +331,7 @@ class Steer:
         for domain in self.feedback:
             g_down, metrics = self.downstream(domain, self.updates)
             task = self.task(self.meta[domain].batch(self.config.value.batch_size))
-            direction = self._direction()
+            direction = self.current_direction()
             if self.updates == 0:
                 self._check(domain, task, parameters, g_down)
             if self.designer is None:
@@ -374,8 +384,7 @@ class Steer:
         hidden = task.trunk()
         g_pre = pre_gradient(task, hidden, parameters)
         u = direction(g_down, g_pre)
-        with full_precision(hidden[0]):
-            values = term_values(lambda theta: task.terms(_float(hidden), theta), parameters, u, derivative="jvp")
+        values = task.values_along(u, hidden, parameters)
         self.spread = (values - (values * hidden[0]).sum(1, keepdim=True) * len(values)).std().clamp_min(1e-20)
         t = self.config.targets
         q = tilted(hidden[0] * len(values), values, t.temperature * self.spread)
@@ -426,7 +435,7 @@ class Steer:
         gradient, _ = answer_gradient(learner, batch, self.config.targets.chunk, loss)
         return gradient, {"reward": scores.mean()}
 
-    def _direction(self) -> Direction:
+    def current_direction(self) -> Direction:
         if self.config.value.direction != "adam":
             return DIRECTIONS[self.config.value.direction]
         named = dict(self.learner.model.named_parameters())
