@@ -29,7 +29,8 @@ from yaml import YAMLError
 
 from dino_value.backbones import WEIGHTS_NAME, Backbone, create_backbone, load_backbone, load_weights
 from dino_value.config import Config, load_config, packaged
-from dino_value.data.labelled import Kept, LabelledDataset, Layout, Split, open_labelled
+from dino_value.data.labelled import Kept, LabelledDataset, Split
+from dino_value.data.layouts import Layout, open_labelled
 from dino_value.errors import UserError
 from dino_value.eval import EVALUATIONS
 from dino_value.files import write_json

@@ -10,15 +10,8 @@ from torch.func import functional_call
 
 from dino_value.backbones import Backbone
 from dino_value.config import Config, TaskConfig
-from dino_value.data.labelled import (
-    Kept,
-    LabelledDataset,
-    LabelledSource,
-    Layout,
-    Shuffled,
-    open_labelled,
-    split_by_group,
-)
+from dino_value.data.labelled import Kept, LabelledDataset, LabelledSource, Shuffled, split_by_group
+from dino_value.data.layouts import Layout, open_labelled
 from dino_value.data.sampling import Cursor, Stream, key
 from dino_value.data.splits import split_apart, split_record
 from dino_value.distributed import gather, own_part, world

@@ -14,7 +14,8 @@ from torch import Tensor
 from dino_value.backbones import Backbone
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config
-from dino_value.data.labelled import LabelledDataset, open_labelled
+from dino_value.data.labelled import LabelledDataset
+from dino_value.data.layouts import open_labelled
 from dino_value.designers import fill_in, learned_views
 from dino_value.steer import Steer
 

@@ -50,7 +50,7 @@ from dino_value.optim import (
 )
 from dino_value.parts import WHOLE
 from dino_value.process import choose_device, stop_requests, use_bfloat16
-from dino_value.replay import save_replay
+from dino_value.replay_file import save_replay
 from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.sharding import Plain, check_sharding, collect, full, shard, spread_state
 from dino_value.steer import Steer, not_finite

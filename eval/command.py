@@ -16,7 +16,8 @@ import torch
 from dino_value.arguments import Parser
 from dino_value.backbones import Backbone, load_backbone
 from dino_value.data.check import other_place
-from dino_value.data.labelled import LabelledSource, Layout, Split, Subset, open_labelled
+from dino_value.data.labelled import LabelledSource, Split, Subset
+from dino_value.data.layouts import Layout, open_labelled
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 from dino_value.eval import EVALUATIONS, intervals, output
 from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed, use_bfloat16

@@ -29,7 +29,7 @@ class Evaluations:
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
-        self.commands = {}
+        self.commands: dict[str, list[str]] = {}
         for text in config.commands:
             name, *flags = _words("evaluation.commands", text)
             if name in self.commands:

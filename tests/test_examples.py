@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from dino_value.data.labelled import open_labelled
+from dino_value.data.layouts import open_labelled
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 

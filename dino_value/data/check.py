@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dino_value.data import unlabeled_files
 from dino_value.data.folders import read_image
-from dino_value.data.labelled import IGNORE, LabelledSource, Layout, Split, open_labelled
+from dino_value.data.labelled import IGNORE, LabelledSource, Split
+from dino_value.data.layouts import Layout, open_labelled
 from dino_value.data.nyuv2 import MAT_NAME
 from dino_value.data.revisited import NAMES, open_revisited
 from dino_value.data.splits import content_hash

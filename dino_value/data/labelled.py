@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from dino_value.errors import UserError
 from dino_value.parts import WHOLE, Part
 
 Kind = Literal["seg", "depth", "classes"]
-Layout = Literal["ade20k", "nyuv2", "imagefolder"]
 Split = Literal["training", "validation"]
 
 IGNORE = 255
@@ -348,45 +347,3 @@ def file_groups(paths: Sequence[Path], pattern: str | None = None, neighbours: i
 def index_groups(count: int, neighbours: int = 1) -> list[str]:
     """Groups of `neighbours` consecutive items."""
     return [str(index // neighbours) for index in range(count)]
-
-
-def open_labelled(
-    layout: Layout,
-    path: str | Path,
-    split: Split = "training",
-    *,
-    group_pattern: str | None = None,
-    neighbours: int = 1,
-    skip_unreadable: bool = False,
-) -> LabelledSource:
-    """Open one split of a labelled data set.
-
-    Args:
-        layout: how the files lie.
-        path: the root of the data set (ADEChallengeData2016, the folder of nyu_depth_v2_labeled.mat, or a
-            folder with train/ and val/), or "scenes" for the embedded set.
-        split: `training` or `validation`.
-        group_pattern, neighbours: see `file_groups`.
-        skip_unreadable: read everything once and leave out what cannot be used: the `Subset` that is returned says
-            in `skipped` what and why.
-
-    Raises:
-        UserError: no such data, or data that does not follow the layout.
-    """
-    if layout not in get_args(Layout):
-        raise UserError(f"unknown labelled layout {layout!r}; choose one of {', '.join(get_args(Layout))}")
-    if split not in get_args(Split):
-        raise UserError(f"unknown split {split!r}; choose training or validation")
-    # Imported here because the readers build on this module.
-    from dino_value.data import ade20k, folders, nyuv2, scenes
-
-    if str(path) == "scenes":
-        return scenes.labelled(layout, split)
-    source: LabelledSource
-    if layout == "ade20k":
-        source = ade20k.ADE20K(path, split, group_pattern, neighbours, check_pairs=not skip_unreadable)
-    elif layout == "nyuv2":
-        source = nyuv2.open_nyuv2(path, split, neighbours, check_pairs=not skip_unreadable)
-    else:
-        source = folders.open_imagefolder(path, split, group_pattern, neighbours)
-    return readable(source) if skip_unreadable else source

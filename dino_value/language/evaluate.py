@@ -22,12 +22,12 @@ from dino_value.errors import UserError
 from dino_value.language.answers import boxed_answer, choice, equivalent, exact_match, final_answer
 from dino_value.language.config import LanguageConfig, LearnerConfig, load_language_config
 from dino_value.language.generate import generate
-from dino_value.language.learner import Learner, evaluating, load_model, load_tokenizer
+from dino_value.language.learner import Learner, evaluating, load_model, load_tokenizer, load_trained
 from dino_value.language.stream import ExampleSet
 from dino_value.language.targets import negative_log_probs
 from dino_value.language.text import Encoder, Example, open_source, read_record, records
 from dino_value.process import bfloat16, choose_device
-from dino_value.seeds import generator
+from dino_value.seeds import generator, key
 
 LETTERS = "ABCDEFGHIJ"
 TASKS = ("gsm8k", "boxed", "mmlu")
@@ -222,9 +222,6 @@ def open_learner(path: str, device: torch.device) -> tuple[Learner, Encoder, Lan
         config = LearnerConfig(model=path)
         learner = Learner(load_model(config, device, training=False), LanguageConfig().value.scope)
         return learner.eval(), Encoder(load_tokenizer(config)), None
-    from dino_value.language.train import load_trained
-    from dino_value.seeds import key
-
     run = load_language_config(folder / "config.yaml", [f"out={folder}"])
     state = load_checkpoint(folder, "learner")
     torch.manual_seed(key(run.seed, "weights"))

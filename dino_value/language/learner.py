@@ -308,3 +308,17 @@ def _transformers() -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
+
+
+@torch.no_grad()
+def load_trained(learner: Learner, state: dict[str, Any]) -> None:
+    """The trained weights of a checkpoint.
+
+    Raises:
+        UserError: of another model.
+    """
+    trained, found = learner.trained(), state["learner"]
+    if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in found.items()}:
+        raise UserError("the checkpoint is of another model, or of other LoRA settings")
+    for name, value in trained.items():
+        value.copy_(found[name])

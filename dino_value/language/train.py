@@ -21,7 +21,7 @@ from dino_value.checkpoint import latest_checkpoint, newest_whole, save_checkpoi
 from dino_value.errors import Interrupted, UserError
 from dino_value.language.config import SOFT, LanguageConfig
 from dino_value.language.evaluate import answer_loss
-from dino_value.language.learner import Learner, evaluating, export_learner, load_model, load_tokenizer
+from dino_value.language.learner import Learner, evaluating, export_learner, load_model, load_tokenizer, load_trained
 from dino_value.language.steer import Steer, check_candidates, open_feedback, open_streams
 from dino_value.language.stream import Batch, ExampleSet, TextStream
 from dino_value.language.targets import next_token, soft_cross_entropy
@@ -234,20 +234,6 @@ class Run:
         self.meters.load_state_dict(state["meters"], self.device)
         if self.steer is not None:
             self.steer.load_state_dict(state["steer"])
-
-
-@torch.no_grad()
-def load_trained(learner: Learner, state: dict[str, Any]) -> None:
-    """The trained weights of a checkpoint.
-
-    Raises:
-        UserError: of another model.
-    """
-    trained, found = learner.trained(), state["learner"]
-    if {name: value.shape for name, value in trained.items()} != {name: value.shape for name, value in found.items()}:
-        raise UserError("the checkpoint is of another model, or of other LoRA settings")
-    for name, value in trained.items():
-        value.copy_(found[name])
 
 
 def parameter_groups(learner: Learner, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ text are v of the true token, in standard deviations of all of v.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def map_run(folder: Path, rows: int = 1, seed: int = 0) -> dict[str, Any]:
         for order in stream.order.values():  # text that the run has not seen
             order.seed += 1 + seed
         task = steer.task(stream.batch(rows))
-        with torch.no_grad(), constant(learner), evaluating(learner):
+        with torch.no_grad(), constant(learner), evaluating(learner), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*torch\.jit\.script")  # torch's own, in forward mode
             hidden = task.trunk()
             with torch.enable_grad():
                 g_down, g_pre = feedback_gradient(steer, domain), pre_gradient(task, hidden, parameters)

@@ -8,15 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_value.data.labelled import (
-    Kept,
-    LabelledDataset,
-    LabelledSource,
-    LabelledTensors,
-    Layout,
-    open_labelled,
-    split_by_group,
-)
+from dino_value.data.labelled import Kept, LabelledDataset, LabelledSource, LabelledTensors, split_by_group
+from dino_value.data.layouts import Layout, open_labelled
 from dino_value.errors import UserError
 
 

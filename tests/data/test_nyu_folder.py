@@ -13,7 +13,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from dino_value.data.folders import read_depth
-from dino_value.data.labelled import LabelledSource, Subset, open_labelled
+from dino_value.data.labelled import LabelledSource, Subset
+from dino_value.data.layouts import open_labelled
 from dino_value.data.nyuv2 import NYUFolder, suspicion
 from dino_value.errors import UserError
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from dino_value.config import Config, ViewsConfig
 from dino_value.data import SkippingViews, open_views
-from dino_value.data.labelled import Subset, open_labelled
+from dino_value.data.labelled import Subset
+from dino_value.data.layouts import open_labelled
 from dino_value.data.sampling import Stream
 from dino_value.errors import UserError
 from dino_value.track import read_metrics

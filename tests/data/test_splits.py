@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dino_value.data.labelled import LabelledTensors, open_labelled, split_by_group
+from dino_value.data.labelled import LabelledTensors, split_by_group
+from dino_value.data.layouts import open_labelled
 from dino_value.data.splits import content_hashes, split_apart, split_record
 from dino_value.errors import UserError
 

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from dino_value.backbones import Backbone, create_backbone, save_backbone
-from dino_value.data.labelled import LabelledSource, LabelledTensors, Subset, open_labelled
+from dino_value.data.labelled import LabelledSource, LabelledTensors, Subset
+from dino_value.data.layouts import open_labelled
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import common, mmseg_backend, seg
 from dino_value.heads import IGNORE, LinearBNSegHead

@@ -42,7 +42,7 @@ from dino_value.data.nyuv2 import NYUFolder, NYUv2
 from dino_value.data.revisited import open_revisited
 from dino_value.data.tars import list_members
 from dino_value.errors import UserError
-from dino_value.replay import read_replay
+from dino_value.replay_file import read_replay
 from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.track import MetricsFile
 
