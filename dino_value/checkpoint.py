@@ -22,7 +22,7 @@ BEST_NAME = "best.pt"
 def save_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], keep: int, every: int = 0, best: int | None = None
 ) -> Path:
-    """Write `state` for `step`, then drop the checkpoints that `dropped` names; a kill at any moment leaves the older
+    """Write `state` for `step`, then `tidy`; a kill at any moment leaves the older
     ones whole.
 
     Raises:
@@ -32,11 +32,19 @@ def save_checkpoint(
     sweep(folder)
     path = folder / _name(step)
     write_state(path, state)
-    if best is not None:
-        _link(folder / BEST_NAME, _name(best))
-    for old in dropped([_step(found) for found in _found(folder)], keep, every, best):
-        (folder / _name(old)).unlink()
+    tidy(folder, keep, every, best)
     return path
+
+
+def tidy(folder: Path, keep: int, every: int = 0, best: int | None = None) -> None:
+    """Point to the best checkpoint and drop those that `dropped` names; on resume: what a kill left undone of it."""
+    steps = [_step(found) for found in _found(folder)]
+    if best in steps:
+        _link(folder / BEST_NAME, _name(best))
+    for old in dropped(steps, keep, every, best):
+        (folder / _name(old)).unlink()
+    if (folder / BEST_NAME).is_symlink() and not (folder / BEST_NAME).exists():  # the best one was damaged
+        (folder / BEST_NAME).unlink()
 
 
 def dropped(steps: Sequence[int], keep: int, every: int = 0, best: int | None = None) -> list[int]:
@@ -203,6 +211,8 @@ def snapshot(tree: Any, device: str | None = None) -> Any:
 
 def _link(path: Path, target: str) -> None:
     """Have the symbolic link `path` lead to `target`, in one step."""
+    if path.is_symlink() and os.readlink(path) == target:
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

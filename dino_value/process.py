@@ -65,17 +65,19 @@ def stop_requests() -> Iterator[Any]:
             raise KeyboardInterrupt
         requested.append(number)
 
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     try:
-        before = {
-            number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        }
+        before = {number: signal.signal(number, on_signal) for number in numbers}
     except ValueError:  # not the main thread: the caller handles signals
         yield lambda: False
         return
+    # A process inherits its parent's mask, and would never hear what that has blocked.
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     try:
         with _leaving_at_once():
             yield lambda: bool(requested)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 

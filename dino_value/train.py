@@ -29,6 +29,7 @@ from dino_value.checkpoint import (
     newest_whole,
     save_checkpoint,
     snapshot,
+    tidy,
 )
 from dino_value.config import Config, packaged
 from dino_value.data import SkippingViews, open_views
@@ -122,6 +123,9 @@ def _train(
 
         warnings += distributed.from_first(look)
         run.resume(state or load_checkpoint(folder))
+        if first:
+            with contextlib.suppress(OSError):  # the next checkpoint says what is wrong with the disk
+                tidy(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, run.best.step)
         if distributed.from_first(lambda: not is_whole(folder / WEIGHTS_NAME)):
             run.save_weights(folder)
     for text in warnings if first else ():

@@ -23,6 +23,7 @@ from dino_value.checkpoint import (
     newest_whole,
     save_checkpoint,
     snapshot,
+    tidy,
 )
 from dino_value.errors import UserError
 
@@ -190,6 +191,19 @@ def test_what_is_kept(tmp_path: Path) -> None:
     names = [path.name for path in sorted(tmp_path.iterdir())]
     assert names == ["best.pt", "step_00000002.pt", "step_00000003.pt", "step_00000006.pt", "step_00000007.pt"]
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 2
+
+
+def test_what_a_kill_after_the_last_file_left_undone(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save_checkpoint(tmp_path, step, {"teacher": {}, "step": step}, keep=9)
+    (tmp_path / "best.pt").symlink_to("step_00000005.pt")
+    for _ in range(2):
+        tidy(tmp_path, keep=1, best=10)
+        names = ["best.pt", "step_00000010.pt", "step_00000015.pt"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names
+        assert load_checkpoint(tmp_path / "best.pt")["step"] == 10
+    tidy(tmp_path, keep=1, best=99)  # one that was set aside
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000015.pt"]
 
 
 @pytest.mark.parametrize(("mode", "step", "value"), [("max", 2, 0.7), ("min", 3, 0.1)])

@@ -189,6 +189,18 @@ def test_a_stop_is_saved_whatever_asked_for_it(
     assert signal.getsignal(number) == before
 
 
+def test_a_stop_is_heard_though_the_parent_had_blocked_it() -> None:
+    """As processes do that are forked from the loaders' server, which does not listen."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        with stop_requests() as stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping()
+        assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def test_a_second_interrupt_leaves_at_once() -> None:
     with stop_requests() as stopping:
         assert not stopping()

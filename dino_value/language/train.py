@@ -7,6 +7,7 @@ feedback too.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_value.checkpoint import latest_checkpoint, newest_whole, save_checkpoint
+from dino_value.checkpoint import latest_checkpoint, newest_whole, save_checkpoint, tidy
 from dino_value.errors import Interrupted, UserError
 from dino_value.language.config import SOFT, LanguageConfig
 from dino_value.language.evaluate import answer_loss
@@ -56,6 +57,8 @@ def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -
         state, damaged = newest_whole(folder / "checkpoints", "learner")
         run.load_state_dict(state)
         warnings += damaged
+        with contextlib.suppress(OSError):  # the next checkpoint says what is wrong with the disk
+            tidy(folder / "checkpoints", config.checkpoint.keep)
     for text in warnings:
         print(f"warning: {text}", file=sys.stderr)
     if run.done():
