@@ -76,19 +76,24 @@ def _results_alt(key: str, arms: Mapping[str, Mapping[str, Array]]) -> str:
 
 
 def _results_png(metric: Metric, rows: Mapping[str, Array]) -> bytes:
-    figure, axes = new_axes(4.4, 3.3)
+    many = len(rows) > _SIDE_BY_SIDE  # their names stand below each other then
+    figure, axes = new_axes(5.6, 0.9 + 0.3 * len(rows)) if many else new_axes(4.4, 3.3)
     values = np.stack(list(rows.values())) * metric.scale  # [arms, seeds]
     # Seeds are spread a little to the sides, so that dots of equal height stay apart.
     offsets = np.linspace(-0.12, 0.12, values.shape[1]) if values.shape[1] > 1 else np.zeros(1)
     at = np.arange(len(rows))[:, None] + offsets
-    axes.plot(at, values, color="#9a9a9a", linewidth=0.8, alpha=0.6, zorder=1)
+
+    def turned(place: Any, value: Any) -> tuple[Any, Any]:
+        return (value, place) if many else (place, value)
+
+    axes.plot(*turned(at, values), color="#9a9a9a", linewidth=0.8, alpha=0.3 if many else 0.6, zorder=1)
     for i, style in enumerate(arm_styles(list(rows)).values()):
         finite = values[i][np.isfinite(values[i])]
         if finite.size:
-            axes.hlines(finite.mean(), i - 0.3, i + 0.3, color=style.colour, linewidth=2.6, zorder=2)
+            bar = axes.vlines if many else axes.hlines
+            bar(finite.mean(), i - 0.3, i + 0.3, color=style.colour, linewidth=2.6, zorder=2)
         axes.scatter(
-            at[i],
-            values[i],
+            *turned(at[i], values[i]),
             s=38,
             color=style.colour,
             marker=style.marker,
@@ -96,11 +101,16 @@ def _results_png(metric: Metric, rows: Mapping[str, Array]) -> bytes:
             linewidths=0.7,
             zorder=3,
         )
-    axes.set_xticks(range(len(rows)), [arm_label(a) for a in rows])
-    axes.set_xlim(-0.5, len(rows) - 0.5)
+    ticks, limits = (axes.set_yticks, axes.set_ylim) if many else (axes.set_xticks, axes.set_xlim)
+    ticks(range(len(rows)), [arm_label(a) for a in rows])
+    ends = (-0.5, len(rows) - 0.5)
+    limits(*(reversed(ends) if many else ends))  # the first arm on top
     axes.set_title(f"{metric.heading}   ({metric.preference})", loc="left", fontsize=11.5)
-    axes.grid(axis="x", visible=False)
+    axes.grid(axis="y" if many else "x", visible=False)
     return to_png(figure)
+
+
+_SIDE_BY_SIDE = 6  # arms whose names have room below an axis
 
 
 # --- curves -------------------------------------------------------------------------------------------------

@@ -154,3 +154,14 @@ def test_pca_figure() -> None:
     figure = figures.pca_figure(images, {"value": features, "step0": features})
     assert "step 0, value" in figure.panels[0].alt
     assert picture(figure.panels[0].png).width > 500
+
+
+def test_many_arms_stand_below_each_other() -> None:
+    """Side by side their names would cover each other."""
+    arms = {f"arm_with_a_name_{number}": {"miou": [0.1 * number, 0.2]} for number in range(12)}
+    sizes = {}
+    for count in (3, 12):
+        (panel,) = figures.results_figure({"arms": dict(list(arms.items())[:count])}).panels
+        sizes[count] = Image.open(io.BytesIO(panel.png)).size
+    assert sizes[12][0] < 1.5 * sizes[3][0]
+    assert sizes[12][1] > 1.2 * sizes[3][1]
