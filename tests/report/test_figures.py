@@ -158,7 +158,7 @@ def test_pca_figure() -> None:
 
 def test_many_arms_stand_below_each_other() -> None:
     """Side by side their names would cover each other."""
-    arms = {f"arm_with_a_name_{number}": {"miou": [0.1 * number, 0.2]} for number in range(12)}
+    arms = {f"arm_with_a_name_{number}": {"miou": [0.05 * number, 0.2]} for number in range(12)}
     sizes = {}
     for count in (8, 12):
         (panel,) = figures.results_figure({"arms": dict(list(arms.items())[:count])}).panels
