@@ -306,15 +306,18 @@ def headline(comparisons: Sequence[Comparison], arm: str = "value") -> str:
         return "One seed only: the differences below carry no interval, and nothing can be claimed from them."
     if seeds < MIN_SEEDS:
         return f"Only {seeds} seeds: too few for a claim ({MIN_SEEDS} needed); differences are descriptive."
+    pairs = [[c for c in ours if c.against == other] for other in dict.fromkeys(c.against for c in ours)]
+    alike: dict[tuple[Any, ...], list[list[Comparison]]] = {}  # arms of which the same is to be said
+    for pair in pairs:
+        alike.setdefault(tuple((c.metric.label, c.outcome) for c in pair), []).append(pair)
     parts = [
-        _headline_part([c for c in ours if c.against == other]) for other in dict.fromkeys(c.against for c in ours)
+        _headline_part(_listed([arm_label(pair[0].against) for pair in group]), group[0]) for group in alike.values()
     ]
     return f"Over {seeds} paired seeds, {arm_label(arm)} {'; it '.join(parts)}."
 
 
-def _headline_part(comparisons: Sequence[Comparison]) -> str:
-    """For one pair of arms: ``beats baseline on mIoU but is worse on top-1 (no clear difference on ...)``."""
-    against = arm_label(comparisons[0].against)
+def _headline_part(against: str, comparisons: Sequence[Comparison]) -> str:
+    """Against one or more arms: ``beats baseline on mIoU but is worse on top-1 (no clear difference on ...)``."""
     better, worse = ([c.metric.label for c in comparisons if c.outcome == o] for o in ("better", "worse"))
     rest = [c.metric.label for c in comparisons if c.outcome not in ("better", "worse")]
     if not better and not worse:

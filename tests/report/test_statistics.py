@@ -128,7 +128,7 @@ def test_claims_and_headline(results: dict[str, object]) -> None:
         ("baseline", "step0"),
     ]
     told = headline(comparisons)
-    assert told.startswith("Over 5 paired seeds, value beats baseline on mIoU but is worse on top-1 (no clear ")
+    assert told.startswith("Over 5 paired seeds, value beats baseline and random on mIoU but is worse on ")
     assert "beats step 0 on mIoU, depth RMSE and top-1." in told
     one_seed = {"arms": {a: {k: v[:1] for k, v in row.items()} for a, row in results["arms"].items()}}  # type: ignore[attr-defined]
     assert headline(compare_all(one_seed)).startswith("One seed only")
