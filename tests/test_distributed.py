@@ -78,7 +78,7 @@ def steps(config: Config, count: int = STEPS) -> dict[str, Any]:
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
-        for key, value in tree.items():
+        for key, value in sorted(tree.items(), key=lambda item: str(item[0])):  # a header's order is nobody's promise
             yield from leaves(value, f"{path}.{key}")
     elif isinstance(tree, (list, tuple)):
         for place, value in enumerate(tree):
