@@ -132,9 +132,6 @@ def test_workers_change_nothing(images: list[Path]) -> None:
 
 def test_signals_to_the_group_are_not_for_workers() -> None:
     """SLURM sends them to every process of a job; the training process must still get its batches to finish a step."""
-    # As in a training process, which has no server yet: an earlier test's would listen.
-    forkserver._forkserver._stop()  # type: ignore[attr-defined]
-    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
     stream = Stream(Numbers(), 3, 0, "unlabeled", workers=2)
     others = multiprocessing.active_children()
     batches = stream.iterate(0, 40)  # more than are prepared ahead
