@@ -99,11 +99,10 @@ class Stream:
         )
         # A signal to the whole group is the training process's to answer: workers, the server they are forked from and
         # the tracker of semaphores inherit the mask.
-        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-        before, others = signal.pthread_sigmask(signal.SIG_BLOCK, signals), multiprocessing.active_children()
+        before, others = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS), multiprocessing.active_children()
         try:
             resource_tracker.ensure_running()  # its start lifts the mask from SIGTERM and SIGINT
-            signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
             batches = iter(loader)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -114,6 +113,7 @@ class Stream:
             yield batch
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _WORKERS: weakref.WeakSet[multiprocessing.process.BaseProcess] = weakref.WeakSet()
 
 
@@ -136,6 +136,7 @@ def _follow(process: int, worker: int) -> None:
             select.select([os.pidfd_open(process)], [], [])
         os._exit(1)
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a server that was there before us listens, and so its forks
     threading.Thread(target=wait, daemon=True).start()
 
 

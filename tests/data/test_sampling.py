@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -20,6 +22,8 @@ from dino_value.data import sampling
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.data.views import FolderViews
 from dino_value.errors import UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 class Numbers:
@@ -131,6 +135,13 @@ def test_workers_change_nothing(images: list[Path]) -> None:
 
 
 def test_signals_to_the_group_are_not_for_workers() -> None:
+    """In a process of its own, as training is: a server that an earlier test has started would hear them."""
+    script = "from tests.data.test_sampling import signal_the_group; signal_the_group()"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+
+
+def signal_the_group() -> None:
     """SLURM sends them to every process of a job; the training process must still get its batches to finish a step."""
     stream = Stream(Numbers(), 3, 0, "unlabeled", workers=2)
     others = multiprocessing.active_children()

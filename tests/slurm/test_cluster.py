@@ -182,7 +182,9 @@ def test_an_array_is_one_submission(jobs: Jobs) -> None:
     assert [ended(job) for job in array] == [EXIT_DONE] * 3
     assert len({job.job_id.partition("_")[0] for job in array}) == 1
     assert [(jobs["root"] / f"element_{index}").read_text() for index in range(3)] == ["0", "1", "2"]
-    assert [state_of(jobs, job) for job in array] == ["COMPLETED"] * 3
+    wait(
+        lambda: [state_of(jobs, job) for job in array] == ["COMPLETED"] * 3, 60
+    )  # the result is there a little earlier
 
 
 def test_four_tasks_on_two_nodes_find_each_other(jobs: Jobs) -> None:
