@@ -28,7 +28,6 @@ class Evaluations:
     """
 
     def __init__(self, config: EvaluationConfig) -> None:
-        self.config = config
         self.commands: dict[str, list[str]] = {}
         for text in config.commands:
             name, *flags = _words("evaluation.commands", text)
@@ -38,7 +37,9 @@ class Evaluations:
                 raise UserError(f"evaluation.commands={text!r}: leave out --out; results go below the run")
             self.commands[name] = flags
             check(["eval", name, "WEIGHTS", *flags, "--out", "DIR"])
-        self.job = job_parser().parse_args(_words("evaluation.job", config.job))
+        parser = job_parser()
+        parser.set_defaults(folder=None)  # below the run, unless --folder is given
+        self.job = parser.parse_args(_words("evaluation.job", config.job))
         if self.job.cluster == "debug":
             raise UserError("evaluation.job: a debug job runs in the place of training; choose slurm or local")
         self.resources = parse_resources(self.job)
@@ -49,7 +50,7 @@ class Evaluations:
         Where jobs.json is already, nothing is: a run that was killed passes the same step again.
 
         Raises:
-            UserError: the cluster refused them.
+            UserError: the cluster refused them, or the disk what was to be noted of it.
         """
         weights, record = place / "backbone.safetensors", place / "jobs.json"
         if record.exists():
@@ -59,9 +60,13 @@ class Evaluations:
             for name, flags in self.commands.items()
         ]
         with _as_if_outside():
-            jobs = submit(commands, self.resources, place.parent / "jobs", self.job.cluster, name="dino-value-eval")
+            folder = self.job.folder or place.parent / "jobs"
+            jobs = submit(commands, self.resources, folder, self.job.cluster, name="dino-value-eval")
         ids = {name: job.job_id for name, job in zip(self.commands, jobs, strict=True)}
-        write_json(record, ids)
+        try:
+            write_json(record, ids)
+        except OSError as error:
+            raise UserError(f"submitted, but {record} cannot be written ({error.strerror})") from None
         return f"{place.name}: " + ", ".join(f"{name} is job {number}" for name, number in ids.items())
 
 

@@ -63,6 +63,24 @@ def test_a_step_that_comes_again_is_not_submitted_again(
     }
 
 
+def test_a_disk_that_refuses_the_record_does_not_end_training(
+    tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Job:
+        job_id = "7"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folders: list[Path] = []
+    monkeypatch.setattr(evaluations, "submit", lambda _, __, folder, *___, **____: [folders.append(folder), [Job]][1])
+    monkeypatch.setattr(evaluations, "write_json", full)
+    given = [f"evaluation.commands=['{DEPTH}']", f"evaluation.job='--folder {tmp_path / 'elsewhere'}'"]
+    assert train(tiny_yaml, tmp_path / "run", *given) == EXIT_DONE
+    assert folders == [tmp_path / "elsewhere"] * 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
 def test_a_cluster_that_refuses_does_not_end_training(
     tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
