@@ -22,11 +22,13 @@ from yaml import YAMLError
 
 from dino_value.errors import UserError
 from dino_value.files import write_text
-from dino_value.value import COMBINATIONS
+from dino_value.value import COMBINATIONS, LOOKAHEAD_OPTIMIZERS
 
 MASKS = ("unet", "sit")  # learned
 CONTROLS = ("random_masks", "attention")  # masks that no label and no learning shape
-CLOSED_FORMS = ("weights", "best_of_n")
+CLOSED_FORMS = ("weights", "best_of_n", "targets")
+ADAM_BURN_IN = 20  # steps: after the first, Adam's direction lives in 6 of 150,080 coordinates (method section 8)
+NOISE = ("random_targets",)  # the control of `targets` that no label shapes
 
 
 @dataclass
@@ -36,6 +38,7 @@ class DataConfig:
     unlabeled: str = MISSING  # a folder of images, nested or not, or of WebDataset shards; or a pattern of them
     ade20k: str | None = None  # ADEChallengeData2016
     nyuv2: str | None = None  # the folder of nyu_depth_v2_labeled.mat and splits.mat, or of lists of pairs
+    classes: str | None = None  # a folder with train/ and val/, one sub-folder of images a class
     workers: int = 2  # loader processes for the unlabeled stream
     in_memory: bool = False  # decode once, the labelled images too; for small sets of equally sized images
     skip_unreadable: bool = False  # go on without images that cannot be read, and count them; else they end the run
@@ -163,12 +166,24 @@ class ScopeConfig:
 
 
 @dataclass
+class LookaheadConfig:
+    """value.direction=lookahead: θ_S less a copy of it that the labels have trained (docs/value.md)."""
+
+    steps: int = 80  # m, ours: on photographs 20 steps were not reproducible, 80 were (method section 8)
+    lr: float | None = None  # of the copy; null: optim.lr, as if the labels had the learner's own optimizer
+    optimizer: str = "adamw"  # or sgd
+    batches: int = 0  # labelled batches that the steps share in turn, their trunk run once; 0: one for each step
+    contrast: bool = False  # less the same with shuffled labels: what is left is what the labels themselves say
+
+
+@dataclass
 class ValueConfig:
     period: int = 4  # r: designer updates every r learner steps
     burn_in: int = 0  # steps of plain self-supervision first
     warmup: int = 0  # designer-only updates when burn-in ends
     batch_size: int = 32  # the meta unlabeled batch
-    direction: str = "dot"
+    direction: str = "dot"  # or cosine, adam, lookahead; random: a control
+    lookahead: LookaheadConfig = field(default_factory=LookaheadConfig)
     combine: str = "weights"  # of the tasks' gradients: α (the paper), normalised, or a rule of torchjd
     guard_rate: float = 0.1  # of the multiplier that holds a guard task's V at 0 or above
     engine: str = "auto"  # the cheapest that is exact enough on the first meta batch
@@ -180,7 +195,7 @@ class ValueConfig:
 
 @dataclass
 class DesignerConfig:
-    """A mask generator or a control, a closed form without parameters, or both: `unet`, `weights`, `unet+weights`."""
+    """A mask generator or a control, a closed form without parameters, or both: `unet`, `targets`, `unet+targets`."""
 
     name: str = "unet"
     width: int = 16
@@ -198,6 +213,8 @@ class DesignerConfig:
     temperature: float = 1.0  # of `weights`: τ in standard deviations of the terms' values
     weight_clip: float = 10.0  # of `weights`: the largest weight against that of a mean term, and the inverse
     candidates: int = 4  # of `best_of_n`: local crops drawn for each one kept
+    kl: float | None = 0.2  # of `targets`: the mean KL(q′‖q) of a step is at most this, in nats; null: no bound
+    strength: float | None = None  # of `targets`: s, or the most it may be where kl is given; null: what kl allows
     start_from: str | None = None  # a run folder or checkpoint whose mask generator begins this run
     frozen: bool = False  # the mask generator stays as it is
 
@@ -213,8 +230,13 @@ class DesignerConfig:
 
     @property
     def closed_form(self) -> str | None:
-        """The closed form's name, if there is one."""
+        """The name of the closed form that follows labels, if there is one."""
         return next((part for part in self.name.split("+") if part in CLOSED_FORMS), None)
+
+    @property
+    def moves_targets(self) -> bool:
+        """Are the teacher's targets changed?"""
+        return bool({"targets", *NOISE}.intersection(self.name.split("+")))
 
 
 @dataclass
@@ -231,6 +253,7 @@ class TaskConfig:
 class FeedbackConfig:
     seg: TaskConfig = field(default_factory=lambda: TaskConfig(train=2000, meta=512))
     depth: TaskConfig = field(default_factory=lambda: TaskConfig(weight=8.0))
+    classes: TaskConfig = field(default_factory=TaskConfig)  # ours: the paper's feedback is dense
     size: int = 224  # pixels, square
     batch_size: int = 32  # head-train and meta batches, each
     lr: float = 1e-3  # of the heads
@@ -302,6 +325,7 @@ class Config:
     out: str = MISSING
     # or baseline; random: φ follows a random direction; adversarial: φ raises the loss (ADIOS, arXiv 2201.13100);
     # finetune: the labels, head-train and meta, train the backbone, and nothing is self-supervised
+    # oracle: the learner steps along u itself, which no value method may; it tells whether the direction is any good
     method: str = "value"
     steps: int = 20_000
     seed: int = 0
@@ -325,9 +349,19 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     @property
+    def labels(self) -> dict[str, str | None]:
+        """Where the labels of each section of `feedback` lie."""
+        return {"seg": self.data.ade20k, "depth": self.data.nyuv2, "classes": self.data.classes}
+
+    @property
     def designs(self) -> bool:
         """Does a designer make the learner's task?"""
         return self.method in ("value", "random", "adversarial")
+
+    @property
+    def follows(self) -> bool:
+        """Is a direction kept, and followed at every step?"""
+        return self.method == "oracle" or (self.designs and self.designer.closed_form is not None)
 
     @property
     def learns_masks(self) -> bool:
@@ -337,12 +371,11 @@ class Config:
     @property
     def needs_labels(self) -> bool:
         """Do labels have a part in this run?"""
-        follows = self.designer.closed_form is not None or (self.learns_masks and self.method != "adversarial")
-        return self.method == "finetune" or (self.designs and follows)
+        return self.method == "finetune" or self.follows or (self.learns_masks and self.method != "adversarial")
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("value", "baseline", "random", "adversarial", "finetune"),
+    "method": ("value", "baseline", "random", "adversarial", "finetune", "oracle"),
     "precision": ("auto", "bf16", "fp32"),
     "matmul": ("auto", "torch", "onednn"),
     "views.augment": ("kornia", "kornia_compiled", "torchvision"),
@@ -353,7 +386,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "checkpoint.best_mode": ("max", "min"),
     "backbone.attention": ("auto", "sdpa", "math", "xformers", "varlen"),
     "backbone.drop_path_mode": ("timm", "subset"),
-    "value.direction": ("dot", "cosine", "adam", "random"),
+    "value.direction": ("dot", "cosine", "adam", "lookahead", "random"),
+    "value.lookahead.optimizer": LOOKAHEAD_OPTIMIZERS,
     "value.engine": ("auto", "finite_difference", "double_backward"),
     "value.combine": tuple(COMBINATIONS),
     "designer.fill": ("blur", "mean", "noise"),
@@ -361,6 +395,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "designer.teacher_views": ("masked", "plain"),
     "feedback.seg.head": ("linear", "conv"),
     "feedback.depth.head": ("linear",),
+    "feedback.classes.head": ("linear",),
     "distributed.strategy": ("ddp", "fsdp"),
 }
 _TASK_AT_LEAST = (("weight", 0), ("train", 1), ("meta", 1), ("held", 0))
@@ -371,6 +406,8 @@ _AT_LEAST: dict[str, float] = {
     "optim.batch_size": 2,
     "optim.accumulate": 1,
     "value.period": 1,
+    "value.lookahead.steps": 1,
+    "value.lookahead.batches": 0,
     "value.batch_size": 2,
     "feedback.batch_size": 2,
     "feedback.updates": 0,
@@ -430,7 +467,7 @@ _AT_LEAST: dict[str, float] = {
     "feedback.size": 1,
     "feedback.lr": 0,
     "feedback.warmup": 0,
-    **{f"feedback.{task}.{key}": least for task in ("seg", "depth") for key, least in _TASK_AT_LEAST},
+    **{f"feedback.{task}.{key}": least for task in ("seg", "depth", "classes") for key, least in _TASK_AT_LEAST},
 }
 _ABOVE_ZERO = {  # each with what the message says of it
     "objective.student_temp": "logits are divided by it; DINO uses 0.1",
@@ -440,6 +477,7 @@ _ABOVE_ZERO = {  # each with what the message says of it
     "optim.clip": "it is the largest gradient norm; inf clips nothing",
     "distributed.timeout": "it is how many seconds processes wait for each other",
     "optim.layer_decay": "it multiplies the learning rate; 1 changes nothing, DINOv2 uses 0.9",
+    "value.lookahead.lr": "it is the rate at which the labels train the copy; null takes optim.lr",
     "value.radius": "it is the step of the finite difference; null chooses it",
     "value.tolerance": "it is a relative error; the default is 5e-2",
     "designer.temperature": "values are divided by it; lower follows them more closely",
@@ -557,13 +595,9 @@ def check(config: Config) -> Config:
             f"designer.width={config.designer.width}: designer.name=sit needs a multiple of 4 that its heads (one for "
             f"every 32 channels, {heads} here) divide; choose a multiple of 32, for example {32 * heads}"
         )
-    if config.value.direction == "adam" and config.value.burn_in == 0 and config.designs:
-        raise UserError(
-            "value.direction=adam reads the state of the learner's optimizer, which is empty before the first step; "
-            "set value.burn_in to 1 or more"
-        )
+    _check_direction(config)
     if config.value.diagnose and config.designs and config.needs_labels:
-        for kind, path in (("seg", config.data.ade20k), ("depth", config.data.nyuv2)):
+        for kind, path in config.labels.items():
             task: TaskConfig = getattr(config.feedback, kind)
             if path is not None and task.weight and not task.held:
                 raise UserError(f"value.diagnose measures on images that teach nothing: give feedback.{kind}.held=N")
@@ -600,9 +634,32 @@ def check(config: Config) -> Config:
         raise UserError(f"objective.head is DINO's: objective.name={config.objective.name} has none; leave it out")
     if config.objective.head is not None and config.start_from is not None:
         raise UserError("start_from has a head of its own: leave out objective.head, or give backbone.weights instead")
-    if config.needs_labels and not (config.data.ade20k or config.data.nyuv2):
-        raise UserError(f"method={config.method} needs labels: give data.ade20k=PATH and/or data.nyuv2=PATH")
+    if config.needs_labels and not any(config.labels.values()):
+        raise UserError(
+            f"method={config.method} needs labels: give data.ade20k=PATH, data.nyuv2=PATH and/or data.classes=PATH"
+        )
     return config
+
+
+def _check_direction(config: Config) -> None:
+    """What a direction needs, and what the targets that follow it do."""
+    v, d = config.value, config.designer
+    if v.direction == "adam" and v.burn_in < ADAM_BURN_IN and config.needs_labels:
+        raise UserError(
+            f"value.direction=adam with value.burn_in={v.burn_in}: it reads the second moments of the learner's "
+            "optimizer, and those of its first steps point along a few coordinates alone (docs/value.md); set "
+            f"value.burn_in to {ADAM_BURN_IN} or more"
+        )
+    if v.direction == "lookahead" and v.combine != "weights" and config.needs_labels:
+        raise UserError(
+            f"value.combine={v.combine} combines gradients of single tasks, and value.direction=lookahead trains on "
+            "all tasks at once; choose value.combine=weights"
+        )
+    for key, value in (("kl", d.kl), ("strength", d.strength)):
+        if value is not None and value < 0:
+            raise UserError(f"designer.{key}={value}: must be at least 0; 0 leaves the targets as they are")
+    if config.designs and d.moves_targets and d.kl is None and d.strength is None:
+        raise UserError("designer.name=targets needs a bound or a strength: give designer.kl or designer.strength")
 
 
 def _check_objective(config: Config) -> None:
@@ -668,10 +725,10 @@ def _check_koleo(config: Config) -> None:
 
 def _check_designer(name: str) -> None:
     parts = name.split("+")
-    kinds = [[part for part in parts if part in kind] for kind in (MASKS + CONTROLS, CLOSED_FORMS)]
+    kinds = [[part for part in parts if part in kind] for kind in (MASKS + CONTROLS, CLOSED_FORMS + NOISE)]
     if sum(map(len, kinds)) != len(parts) or any(len(found) > 1 for found in kinds):
         raise UserError(
-            f"designer.name={name}: choose {', '.join(MASKS + CONTROLS + CLOSED_FORMS)}, or "
+            f"designer.name={name}: choose {', '.join(MASKS + CONTROLS + CLOSED_FORMS + NOISE)}, or "
             f"masks and a closed form as in {MASKS[0]}+{CLOSED_FORMS[0]}"
         )
 

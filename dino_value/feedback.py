@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
-from dino_value.backbones import Backbone
+from dino_value.backbones import Backbone, Features
 from dino_value.config import Config, TaskConfig
 from dino_value.data.labelled import Kept, LabelledDataset, LabelledSource, Shuffled, split_by_group
-from dino_value.data.layouts import Layout, open_labelled
+from dino_value.data.layouts import open_labelled
 from dino_value.data.sampling import Cursor, Stream, key
 from dino_value.data.splits import split_apart, split_record
 from dino_value.distributed import gather, own_part, world
 from dino_value.errors import UserError
-from dino_value.heads import IGNORE, LinearBNDepthHead, build_head, depth_loss, feature_map, segmentation_loss
+from dino_value.heads import LinearBNDepthHead, build_head
+from dino_value.label_kinds import KINDS
 from dino_value.optim import FiniteGuard
 from dino_value.parts import WHOLE
 from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, average, mean_gradient
-
-LAYOUTS: dict[str, Layout] = {"seg": "ade20k", "depth": "nyuv2"}
 
 
 class FeedbackTask:
@@ -39,6 +40,7 @@ class FeedbackTask:
         evaluation: LabelledSource | None = None,
     ) -> None:
         self.kind, self.weight, self.guard, self.source = kind, settings.weight, settings.guard, source
+        self.label = KINDS[kind]
         counts = (settings.train, settings.meta, settings.held)
         parts, self.excluded = split_by_group(source, counts, config.seed), list[int]()
         if evaluation is not None:
@@ -49,34 +51,50 @@ class FeedbackTask:
             self.train_indices = self.train_indices + self.meta_indices
         if config.feedback.shuffle:
             source = Shuffled(source, key(config.seed, "shuffle", kind))
-        self.head = build_head(f"{kind}_{settings.head}", dim, source.num_classes)
-        size = (config.feedback.size, config.feedback.size)
-        workers = 0 if config.data.in_memory else min(1, config.data.workers)
+        self.images, self.settings, self.config, self.device = source, settings, config, device
+        self.meta_stream = self._stream("meta", self.meta_indices)
+        self.meta = Cursor(self.meta_stream)
+        self.held = Cursor(self._stream("held", self.held_indices)) if self.held_indices else None
+        self.refreshed = Refreshed(config.feedback.refresh) if config.feedback.refresh else None
+        self.average = GradientAverage(config.feedback.ema) if config.feedback.ema else None
+        self._begin(dim)
 
-        def stream(name: str, indices: list[int]) -> Stream:
-            data = LabelledDataset(source, indices, size=size, flip=True)
-            # All of a pool smaller than a batch is a batch, but for the heads, whose batch norm wants what it was told.
-            batch = config.feedback.batch_size if name == "train" else min(config.feedback.batch_size, len(indices))
-            return Stream(data, batch, config.seed, f"feedback {kind} {name}", workers, own_part())
-
-        self.train_stream, self.meta_stream = stream("train", self.train_indices), stream("meta", self.meta_indices)
+    def _begin(self, dim: int) -> None:
+        """A new head, and its stream from the start."""
+        self.train_stream = self._stream("train", self.train_indices)
+        self.train = Cursor(self.train_stream)
+        self.head = build_head(f"{self.kind}_{self.settings.head}", dim, self.source.num_classes)
         if isinstance(
             self.head, LinearBNDepthHead
         ):  # from the mean depth, which would take thousands of steps to learn
             depths = self.train_stream.batch(0, WHOLE)[1]
             if (depths > 0).any():
                 self.head.start_at(float(depths[depths > 0].mean()))
-        self.head.to(device)
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=config.feedback.lr, fused=True)
-        self.train, self.meta = Cursor(self.train_stream), Cursor(self.meta_stream)
-        self.held = Cursor(stream("held", self.held_indices)) if self.held_indices else None
-        self.refreshed = Refreshed(config.feedback.refresh) if config.feedback.refresh else None
-        self.average = GradientAverage(config.feedback.ema) if config.feedback.ema else None
+        self.head.to(self.device)
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=self.config.feedback.lr, fused=True)
 
-    def loss(self, patches: Tensor, grid: tuple[int, int], labels: Tensor) -> Tensor:
-        """L_down: cross-entropy (seg) or L1 in metres (depth), from patch features [B N D]."""
-        predicted = self.head(feature_map(patches, grid))
-        return segmentation_loss(predicted, labels) if self.kind == "seg" else depth_loss(predicted, labels)
+    def _stream(self, name: str, indices: list[int]) -> Stream:
+        f = self.config.feedback
+        data = LabelledDataset(self.images, indices, size=(f.size, f.size), flip=True)
+        # All of a pool smaller than a batch is a batch, but for the heads, whose batch norm wants what it was told.
+        batch = f.batch_size if name == "train" else min(f.batch_size, len(indices))
+        workers = 0 if self.config.data.in_memory else min(1, self.config.data.workers)
+        return Stream(data, batch, self.seed, f"feedback {self.kind} {name}", workers, own_part())
+
+    def on(self, indices: Sequence[int], dim: int, seed: int, shuffle: bool = False) -> FeedbackTask:
+        """The same task on other head-train images, with a head and an order of its own; for measurements."""
+        other = copy.copy(self)
+        other.train_indices, other.seed = list(indices), seed
+        if shuffle:
+            other.images = Shuffled(self.images, key(seed, "shuffle", self.kind))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(seed, "head", self.kind))
+            other._begin(dim)
+        return other
+
+    def loss(self, features: Features, labels: Tensor, head: nn.Module | None = None) -> Tensor:
+        """L_down, by the task's head or a copy of it: cross-entropy, or L1 in metres for depth."""
+        return self.label.loss((head or self.head)(self.label.read(features)), labels)
 
     def splits(self) -> dict[str, Any]:
         """Which images the task uses for what; see `split_record`."""
@@ -115,17 +133,16 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
         UserError: unreadable data, or fewer labelled images than asked for.
     """
     tasks = []
-    paths = {"seg": config.data.ade20k, "depth": config.data.nyuv2}
-    for kind, path in paths.items():
+    for kind, path in config.labels.items():
         settings: TaskConfig = getattr(config.feedback, kind)
         if path is None or settings.weight == 0:
             continue
         source = open_labelled(
-            LAYOUTS[kind],
+            KINDS[kind].layout,
             path,
             "training",
             group_pattern=config.data.group_pattern if kind == "seg" else None,
-            neighbours=config.data.neighbours,
+            neighbours=1 if kind == "classes" else config.data.neighbours,
             skip_unreadable=config.data.skip_unreadable,
         )
         source = Kept(source) if config.data.in_memory else source
@@ -135,7 +152,7 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
         tasks.append(task)
     if not any(not task.guard for task in tasks):
         raise UserError(
-            "no feedback left: give feedback.seg.weight or feedback.depth.weight a value above 0, and guard=false"
+            f"no feedback left: give feedback.KIND.weight a value above 0, and guard=false (KIND: {', '.join(KINDS)})"
         )
     return tasks
 
@@ -145,7 +162,7 @@ def evaluation_split(kind: str, path: str) -> LabelledSource | None:
     if path == "scenes":
         return None
     try:
-        return open_labelled(LAYOUTS[kind], path, "validation")
+        return open_labelled(KINDS[kind].layout, path, "validation")
     except UserError:
         return None
 
@@ -161,10 +178,11 @@ def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard
     with torch.no_grad():
         features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
     size = task.train_stream.batch_size
-    patches, labels = gather(features.patches[: len(labels)].float(), size), gather(labels, size)
+    features = Features(*(gather(part[: len(labels)].float(), size) for part in features[:2]), features.grid)
+    labels = gather(labels, size)
     task.head.train()
     with torch.autocast(device.type, enabled=False):
-        loss = task.loss(patches, features.grid, labels)
+        loss = task.loss(features, labels)
     task.optimizer.zero_grad()
     loss.backward()
 
@@ -219,10 +237,10 @@ def batch_gradient(
         state = views if scope.start is None else backbone(views, stop=scope.start).full()
     with torch.autocast(device.type, enabled=False):
         features = functional_call(backbone, leaves, (state,), {"start": scope.start or 0})
-        loss = task.loss(features.patches, features.grid, labels)
+        loss = task.loss(features, labels)
     found = [*torch.autograd.grad(loss, list(leaves.values())), loss.detach()]
     if world() > 1:
-        valid = (labels != IGNORE if task.kind == "seg" else labels > 0).sum().to(loss.dtype)
+        valid = task.label.counts(labels).sum().to(loss.dtype)
         *found, count = average([*torch._foreach_mul(found, valid), valid])
         torch._foreach_div_(found, count.clamp_min(1 / world()))
     return found[:-1], found[-1]
@@ -233,8 +251,7 @@ def never_empty(task: FeedbackTask, images: Tensor, labels: Tensor) -> tuple[Ten
     for nothing."""
     if len(images):
         return images, labels
-    blank = IGNORE if task.kind == "seg" else 0
-    return images.new_zeros(1, *images.shape[1:]), labels.new_full((1, *labels.shape[1:]), blank)
+    return images.new_zeros(1, *images.shape[1:]), labels.new_full((1, *labels.shape[1:]), task.label.blank)
 
 
 class Labels:
@@ -258,7 +275,9 @@ class Labels:
             features = backbone(backbone.normalise(images))
             task.head.train()
             with torch.autocast(self.device.type, enabled=False):
-                found[f"loss_{task.kind}"] = task.loss(features.patches.float(), features.grid, labels)
+                found[f"loss_{task.kind}"] = task.loss(
+                    Features(features.cls.float(), features.patches.float(), features.grid), labels
+                )
         return found
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:

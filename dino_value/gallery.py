@@ -17,6 +17,7 @@ from dino_value.config import Config, load_config
 from dino_value.data.labelled import LabelledDataset
 from dino_value.data.layouts import open_labelled
 from dino_value.designers import fill_in, learned_views
+from dino_value.label_kinds import KINDS
 from dino_value.steer import Steer
 
 SHOWN = 6  # images
@@ -24,10 +25,10 @@ SHOWN = 6  # images
 
 def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
     """Images uint8 [n 3 H W] of the run's labelled validation split; None where it names none."""
-    for layout, root in (("ade20k", config.data.ade20k), ("nyuv2", config.data.nyuv2)):
+    for kind, root in config.labels.items():
         if root is None:
             continue
-        source = open_labelled(layout, root, "validation")  # type: ignore[arg-type]
+        source = open_labelled(KINDS[kind].layout, root, "validation")
         size = (config.views.global_size, config.views.global_size)
         shown = range(0, len(source), max(1, len(source) // count))[:count]
         images, _ = LabelledDataset(source, shown, size=size).batch(range(len(shown)))

@@ -104,7 +104,7 @@ def probe_run(
     config = load_config(config_file, [f"out={folder}"])
     if not (config.designs and config.needs_labels):
         raise UserError(f"{folder}: a baseline run has no feedback; probe a run of method=value or method=random")
-    for task in (config.feedback.seg, config.feedback.depth):
+    for task in (config.feedback.seg, config.feedback.depth, config.feedback.classes):
         task.held = max(task.held, held)
     run = Run(config)
     run.load_state_dict(load_checkpoint(what.checkpoint or folder))
@@ -228,7 +228,7 @@ class _Held:
         for state, labels in self.batches:
             features = functional_call(self.backbone, parameters, (state,), {"start": self.start or 0})
             labels = labels.double() if labels.is_floating_point() else labels
-            losses.append(self.task.loss(features.patches, features.grid, labels))
+            losses.append(self.task.loss(features, labels))
         return torch.stack(losses).mean()
 
 

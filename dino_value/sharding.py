@@ -67,7 +67,9 @@ def check_sharding(config: Config) -> None:
     UserError: a setting that needs the whole learner at every step.
     """
     d, fault = config.designer, None
-    if config.designs and d.closed_form is not None:
+    if config.method == "oracle":
+        fault = "method=oracle steps along a direction of the whole scope"
+    elif config.designs and (d.closed_form is not None or d.moves_targets):
         fault = f"designer.name={d.name} runs the scope's blocks at other values at every step"
     elif config.designs and d.control == "attention":
         fault = "designer.name=attention reads the teacher's attention outside of its forward pass"

@@ -1,7 +1,7 @@
 """The designer's side of Algorithm 1: labels → heads → g_down → direction → φ, and what φ makes of the learner's task.
 
-A designer is a mask generator (`unet`, `sit`), a closed form without parameters (`weights`, `best_of_n`; method section
-2), or one of each (`unet+weights`).
+A designer is a mask generator (`unet`, `sit`), a closed form without parameters (`weights`, `best_of_n`, `targets`;
+method sections 2 and 8), or one of each (`unet+targets`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dino_value.designers import DESIGNERS, AttentionMasks, RandomMasks, sparsit
 from dino_value.distributed import from_first, own_part
 from dino_value.errors import UserError
 from dino_value.feedback import downstream_gradient, fit_head, held_gradients, open_feedback
+from dino_value.lookahead import look_ahead
 from dino_value.objectives.collectives import alone
 from dino_value.objectives.interface import Draw, Objective, Parts, State
 from dino_value.objectives.self_distillation import SelfDistillation
@@ -37,7 +38,9 @@ from dino_value.value import (
     Direction,
     Engine,
     Gradient,
+    GradientAverage,
     Guard,
+    Mover,
     Scope,
     ValueStep,
     adam,
@@ -54,6 +57,7 @@ from dino_value.value import (
     last_blocks,
     matching,
     mean_gradient,
+    norm,
     pre_gradient,
     random_like,
     split_half,
@@ -65,6 +69,7 @@ from dino_value.value import (
 )
 
 CHECK_IMAGES = 4  # of a meta batch, for the engine's start-up check
+RADIUS = 1e-2  # of the difference of log-probabilities along a direction; as `term_values`
 
 
 class Steer:
@@ -95,7 +100,7 @@ class Steer:
             check_method(config.value.combine)
 
         torch.manual_seed(key(config.seed, "designer"))
-        self.designer = open_designer(config, self.teacher)
+        self.designer = open_designer(config, self.teacher) if config.designs else None
         self.designer_optimizer: torch.optim.Optimizer | None = None
         if self.designer is not None and config.learns_masks:
             phi = self.designer.parameters()
@@ -118,6 +123,8 @@ class Steer:
         self.engine_name: str | None = None if config.value.engine == "auto" else config.value.engine
         self.radius = config.value.radius or 1.0
         self.direction: Gradient | None = None  # the last u, which the closed forms follow between updates
+        # Of the random arm: noise that is renewed, and averaged, as g_down is.
+        self.noise = GradientAverage(config.feedback.ema) if config.feedback.ema else None
         self.clip_scale = torch.ones((), device=device)  # what clipping left of the learner's last gradient
         self.notes: list[str] = []  # for the log
         self._before: tuple[int, dict[str, Any]] = (-1, {})
@@ -163,6 +170,81 @@ class Steer:
         self.meters.add(plain_value=plain, weighted_value=weighted)
         return weights
 
+    def moved_targets(
+        self, states: Sequence[State], predictions: Parts, targets: Parts, draw: Draw, step: int
+    ) -> Parts:
+        """The targets that the learner is given at `step`: moved to where its predictions would go along −u, by at most
+        `designer.kl`; as they are before the first update, or with another designer.
+
+        Args:
+            predictions: the learner's own, from `states`.
+        """
+        if not self.config.designer.moves_targets or not self._steers:
+            return targets
+        moved, mover = self._move(states, predictions, targets, draw, self._noise_key(step))
+        if mover is None:
+            return targets
+        found = {f"target_kl_{part}": spent for part, spent in mover.spent.items()}
+        found |= {f"target_strength_{part}": strength for part, strength in mover.strengths.items()}
+        # ⟨u, g_pre⟩ of the very step, with the targets as they were, as they are, and at best.
+        names = {"plain_value": mover.plain, "moved_value": mover.moved, "best_value": mover.best}
+        self.meters.add(**found, **{name: self._along(terms, draw) for name, terms in names.items() if terms})
+        return moved
+
+    def _noise_key(self, number: int) -> int:
+        return key(self.config.seed, "noise", number, self.part.rank)
+
+    @property
+    def _steers(self) -> bool:
+        """Is there something to move targets by?"""
+        return self.direction is not None or self.config.designer.closed_form is None
+
+    def _along(self, terms: Parts, draw: Draw) -> Tensor:
+        """The loss's total of terms, of those parts alone that have targets."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.loss.total(self.loss.parts(terms, draw))
+
+    @torch.no_grad()
+    def _move(
+        self, states: Sequence[State], predictions: Parts, targets: Parts, draw: Draw, seed: int
+    ) -> tuple[Parts, Mover | None]:
+        """The moved targets, and what moved them; none where nothing is to move."""
+        d, v = self.config.designer, self.config.value
+        mover = functools.partial(Mover, d.kl, d.strength)
+        if mover().idle:
+            return targets, None
+        if d.closed_form is None:  # noise, of the same KL
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                noisy = {name: value + torch.randn_like(value) for name, value in predictions.items()}
+            return self.loss.move(targets, predictions, noisy, drawn := mover(relative=True)), drawn
+        assert self.direction is not None
+        parameters, u = self.scope.parameters(self.student.backbone), self.direction
+        tail, base = Tail(self.student), list(parameters.values())
+
+        def at(values: Sequence[Tensor]) -> Parts:
+            place, given = dict(zip(parameters, values, strict=True)), [detached(state) for state in states]
+            with evaluating(self.student):
+                return tail.at(place, self.loss.predict, given, self.scope.start, draw)
+
+        if v.direction == "lookahead":
+            # To the shadow itself, in the learner's own precision: the difference is of finite size.
+            here = at(base) if self._draws else {name: value.detach() for name, value in predictions.items()}
+            there = at(torch._foreach_sub(base, u))
+            return self.loss.move(targets, here, there, plain := mover()), plain
+        with torch.autocast(self.device.type, enabled=False):
+            states = [full(state) for state in states]
+            step = torch._foreach_mul(u, RADIUS / norm(u).clamp_min(1e-20))
+            here, there = (at(place(base, step)) for place in (torch._foreach_add, torch._foreach_sub))
+        scale = norm(u) / (2 * RADIUS)
+        return self.loss.move(targets, here, there, slope := mover(scale=scale, relative=True)), slope
+
+    @functools.cached_property
+    def _draws(self) -> bool:
+        """Does the learner's own forward pass draw something (stochastic depth), so that it is another function?"""
+        rates = (getattr(m, n, 0.0) for m in self.student.modules() for n in ("drop_prob", "prob", "p"))
+        return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
     def _weights(self, states: Sequence[State], targets: Parts, draw: Draw) -> tuple[Parts, Parts]:
         d = self.config.designer
         shapes: dict[str, torch.Size] = {}
@@ -199,7 +281,7 @@ class Steer:
         """The updates of φ that come before learner step `step`: one every r steps after burn-in, more at its end."""
         v = self.config.value
         if not (self.config.needs_labels or self.config.learns_masks):
-            return
+            return  # nothing here follows or learns anything
         since = step - v.burn_in
         if since >= 0 and since % v.period == 0:
             self._before = step, snapshot(self.state_dict())
@@ -225,9 +307,7 @@ class Steer:
         for one in self.feedback:
             for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
                 fit_head(one, backbone, self.device, self.guard)
-        found = {one.kind: downstream_gradient(one, backbone, self.scope, self.device) for one in self.feedback}
-        gradients = {kind: gradient for kind, (gradient, _) in found.items()}
-        g_down = self._g_down(gradients)
+        g_down, gradients, metrics = self.downstream()
         direction = self._direction({kind: gradients[kind] for kind in self.guards})
         views = make_views(
             backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number, self.part
@@ -235,11 +315,11 @@ class Steer:
         task = self._task(views, temperature, self.designer)
         parameters = self.scope.parameters(backbone)
         if number == 0:
-            self._check(views, temperature, parameters, gradients, g_down)
+            self._check(views, temperature, parameters, gradients or {"lookahead": g_down}, g_down)
 
         with torch.set_grad_enabled(self.designer_optimizer is not None):
             hidden = task.trunk()
-        metrics = {f"loss_{kind}": loss for kind, (_, loss) in found.items()}
+        kept = self.direction
         if self.designer_optimizer is None:
             g_pre = average(pre_gradient(task, hidden, parameters))
             direction(g_down, g_pre)
@@ -249,6 +329,8 @@ class Steer:
         self._watch(step, number, metrics)
         if self.designer_optimizer is not None:
             self.guard.step(self.designer_optimizer)
+        if kept is not None and self.direction is not None and config.follows:
+            metrics["direction_drift"] = alignment(kept, self.direction)
         if config.value.diagnose and number % config.value.diagnose == 0:
             metrics |= self._diagnose(views, temperature, parameters, list(gradients.values()))
         self.updates += 1
@@ -301,18 +383,32 @@ class Steer:
         self.updates += 1
         self.meters.add(**metrics, mask_spread=task.masks.detach().std((-1, -2)).mean())
 
-    def _g_down(self, gradients: dict[str, Gradient]) -> Gradient:
-        """One g_down of the tasks that are not guards; in the random arm a Gaussian of its norms."""
+    def downstream(self) -> tuple[Gradient, dict[str, Gradient], dict[str, Tensor]]:
+        """One g_down of the tasks that are not guards, or where a lookahead takes them; the gradients of single tasks;
+        what to log. In the random arm a Gaussian of its norms, kept just as long."""
+        config, backbone = self.config, self.student.backbone
+        ahead = config.value.direction == "lookahead"
+        asked = [task for task in self.feedback if task.guard or not ahead]
+        found = {task.kind: downstream_gradient(task, backbone, self.scope, self.device) for task in asked}
+        metrics = {f"loss_{kind}": loss for kind, (_, loss) in found.items()}
+        gradients = {kind: gradient for kind, (gradient, _) in found.items()}
         targets = [task for task in self.feedback if not task.guard]
-        g_down = combine(
-            [gradients[task.kind] for task in targets],
-            [task.weight for task in targets],
-            self.config.value.combine,
-            self.updates,
-        )
-        if "random" in (self.config.method, self.config.value.direction):
-            return random_like(g_down, generator(self.config.seed, "random direction", self.updates))
-        return g_down
+        if ahead:
+            g_down, said = look_ahead(targets, backbone, self.scope, config, self.updates, self.device)
+            metrics |= said
+        else:
+            alphas = [task.weight for task in targets]
+            g_down = combine([gradients[task.kind] for task in targets], alphas, config.value.combine, self.updates)
+        if "random" in (config.method, config.value.direction):
+            g_down = self._random(g_down)
+        return g_down, gradients, metrics
+
+    def _random(self, g_down: Gradient) -> Gradient:
+        """Gaussian tensors of g_down's norms that change when, and as slowly as, it does."""
+        refresh = self.config.feedback.refresh if self.config.value.direction != "lookahead" else 0
+        number = self.updates // max(1, refresh)
+        noise = random_like(g_down, generator(self.config.seed, "random direction", number))
+        return noise if self.noise is None else random_scaled(self.noise.update(noise), g_down)
 
     def _direction(self, guarded: dict[str, Gradient]) -> Direction:
         """The configured direction, bent by the guards, and kept for the closed forms."""
@@ -321,8 +417,8 @@ class Steer:
             state = AdamState.of(self.optimizer, self.trained)
             means, squares = ([in_one_piece(part) for part in parts] for parts in (state.exp_avg, state.exp_avg_sq))
             base = adam(state._replace(exp_avg=means, exp_avg_sq=squares), self.clip_scale)
-        else:  # a random g_down is drawn above, from a generator of its own
-            base = DIRECTIONS["dot" if name == "random" else name]
+        else:  # a random g_down is drawn above, from a generator of its own, and a lookahead is a direction already
+            base = DIRECTIONS[name if name == "cosine" else "dot"]
 
         def direction(g_down: Gradient, g_pre: Gradient) -> Gradient:
             u = base(g_down, g_pre)
@@ -341,6 +437,8 @@ class Steer:
         task = self._task(views, temperature, designer, seed)
         if designed and self.config.designer.closed_form == "weights" and self.direction is not None:
             task.weigh = lambda *arguments: self._weights(*arguments)[0]
+        if designed and self.config.designer.moves_targets and self._steers:
+            task.move = lambda *arguments: self._move(*arguments, task.seed)[0]
         return task
 
     def _task(
@@ -411,7 +509,11 @@ class Steer:
             self.guard.watch(optimizer, lambda bad: not_finite(step, bad, stream, batch), **terms)
 
         for task in self.feedback:
-            watch(task.meta_stream, task.meta.count - 1, [f"loss_{task.kind}"])
+            taken = task.meta if task.guard or self.config.value.direction != "lookahead" else task.train
+            watch(taken.stream, taken.count - 1, [f"loss_{task.kind}"])
+        ahead = [name for name in metrics if name.startswith("lookahead")]
+        if ahead and self.feedback:
+            watch(self.feedback[0].train_stream, self.feedback[0].train.count - 1, ahead)
         watch(self.meta_stream, number, [name for name in ("value", "designer_gradient_norm") if name in metrics])
 
     def _diagnose(
@@ -454,11 +556,13 @@ class Steer:
             "updates": self.updates,
             "engine": self.engine_name,
             "radius": self.radius,
-            "direction": self.direction if self.config.designer.closed_form else None,
+            "direction": self.direction if self.config.follows else None,
             "clip_scale": self.clip_scale,
             "feedback": {task.kind: task.state_dict() for task in self.feedback},
             "guards": {kind: guard.state_dict() for kind, guard in self.guards.items()},
         }
+        if self.noise is not None:
+            state["noise"] = self.noise.state_dict()
         if self.designer is not None and self.config.designer.mask:
             state["designer"] = self.designer.state_dict()
         if self.designer_optimizer is not None:
@@ -471,6 +575,8 @@ class Steer:
         direction = state["direction"]
         self.direction = None if direction is None else [part.to(self.device) for part in direction]
         self.clip_scale = state["clip_scale"].to(self.device)
+        if self.noise is not None and "noise" in state:  # not in checkpoints of before it was kept
+            self.noise.load_state_dict(state["noise"])
         for task in self.feedback:
             task.load_state_dict(state["feedback"][task.kind], self.device)
         for kind, guard in self.guards.items():
@@ -479,6 +585,17 @@ class Steer:
             self.designer.load_state_dict(state["designer"])
         if self.designer_optimizer is not None:
             self.designer_optimizer.load_state_dict(state["optimizer"])
+
+
+def random_scaled(noise: Gradient, like: Gradient) -> Gradient:
+    """`noise` with each tensor at the norm of its counterpart in `like`."""
+    scales = torch._foreach_div(torch._foreach_norm(like), torch._foreach_norm(noise))
+    return list(torch._foreach_mul(noise, scales))
+
+
+def detached(state: State) -> State:
+    """Without the learner's graph."""
+    return state.detach() if isinstance(state, Tensor) else state._replace(tokens=state.tokens.detach())
 
 
 def full(state: State) -> State:

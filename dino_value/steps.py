@@ -221,7 +221,8 @@ class SSLTask:
 
     Both learners' parameters are constants of the trunk, and all but S of the tail: no graph ever reaches θ. Without a
     `designer` the views are seen as they are. `weigh`, if it is set, gives the loss's terms constant weights, from
-    (states, targets, draw). What is random about masks and objective follows from `seed`, for all of the batch of which
+    (states, targets, draw), and `move` other targets, from (states, predictions, targets, draw). What is random about
+    masks and objective follows from `seed`, for all of the batch of which
     `views` are a `part`.
     """
 
@@ -244,6 +245,7 @@ class SSLTask:
         self.draw: Draw = loss.draw(views.large, student.backbone.patch_size, generator(seed, "objective"), part)
         self.masks: Tensor | None = None
         self.weigh: Callable[[Sequence[State], Parts, Draw], Parts | None] | None = None
+        self.move: Callable[[Sequence[State], Parts, Parts, Draw], Parts] | None = None
         self._weights: Parts | None = None
         self._cuts: list[tuple[Tensor | None, tuple[int, int]] | None] = []
         self._targets: list[str] = []
@@ -259,6 +261,10 @@ class SSLTask:
             with torch.set_grad_enabled(self.config.through_teacher and torch.is_grad_enabled()):
                 targets, _ = self.loss.teach(self.teacher, seen, self.temperature, self.draw)
             states = self.loss.states(self.student, designed, self.scope.start, self.draw)
+        if self.move is not None:
+            with torch.no_grad():
+                said = self.loss.predict(self.student, states, self.scope.start, self.draw)
+                targets = self.move(states, said, targets, self.draw)
         if self.weigh is not None:
             self._weights = self.weigh(states, targets, self.draw)
         self._targets = list(targets)

@@ -254,7 +254,7 @@ class Run:
         self.labels: Labels | None = None
         if config.method == "finetune":
             self.labels = Labels(config, backbone.embed_dim, self.device)
-        if config.designs:
+        if config.designs or config.method == "oracle":
             self.steer = Steer(
                 config,
                 self.plain,
@@ -265,7 +265,7 @@ class Run:
                 sources,
                 self.autocast,
             )
-            if config.designer.closed_form == "best_of_n":
+            if config.designs and config.designer.closed_form == "best_of_n":
                 count = config.views.local_count * config.designer.candidates
                 drawn = dataclasses.replace(config.views, local_count=count)
                 sources = open_views(config.data.unlabeled, drawn, in_memory, skip)
@@ -276,6 +276,8 @@ class Run:
         [N B 3 h w]."""
         if self.labels is not None:
             return self.supervised_update(self.labels)
+        if self.config.method == "oracle":
+            return self.oracle_update()
         config, steer, self.batch = self.config, self.steer, (large, small)
         backbone, temperature = self.student.backbone, self.teacher_temperature()
         views = make_views(
@@ -319,9 +321,12 @@ class Run:
         `optim.accumulate` passes over equal parts of the batch."""
 
         def parts_of(student: Learner, views: Views, targets: Parts, draw: Draw) -> Parts:
-            states = self.loss.states(student, views, start, draw)
-            weights = None if self.steer is None else self.steer.term_weights(states, targets, draw)
-            return self.loss.parts(self.loss.losses(student, states, targets, start, draw), draw, weights)
+            steer, states, weights = self.steer, self.loss.states(student, views, start, draw), None
+            predictions = self.loss.predict(student, states, start, draw)
+            if steer is not None:
+                weights = steer.term_weights(states, targets, draw)
+                targets = steer.moved_targets(states, predictions, targets, draw, self.step)
+            return self.loss.parts(self.loss.terms_of(predictions, targets), draw, weights)
 
         passes = WHOLE.split(self.config.optim.accumulate)
         found: list[tuple[Tensor, Parts]] = []
@@ -369,6 +374,26 @@ class Run:
         momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
         update_teacher(self.student, self.teacher, momentum)
         self.meters.add(loss=loss, **losses, gradient_norm=gradient_norm)
+        self.step += 1
+
+    def oracle_update(self) -> None:
+        """A step along u itself by the learner's own optimizer: is the direction any good? No value method may do this,
+        and no loss is self-supervised here."""
+        config, steer = self.config, self.steer
+        assert steer is not None
+        self.loss.begin(self.step, self.teacher)
+        steer.update_if_due(self.step, self.teacher_temperature())
+        self.optimizer.zero_grad()
+        if steer.direction is not None:  # none before burn-in is over
+            for parameter, part in zip(steer.trained, steer.direction, strict=True):
+                parameter.grad = part.to(parameter.dtype, copy=True)
+        gradient_norm = torch.nn.utils.clip_grad_norm_(steer.trained, config.optim.clip)
+        self.set_schedules()
+        self.watch(gradient_norm=gradient_norm)
+        self.guard.step(self.optimizer)
+        momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
+        update_teacher(self.student, self.teacher, momentum)
+        self.meters.add(gradient_norm=gradient_norm)
         self.step += 1
 
     @property

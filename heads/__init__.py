@@ -11,13 +11,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .classification import LinearBNHead, LinearBNHeads, classification_loss, heads_loss
+from .classification import UNKNOWN, LinearBNHead, LinearBNHeads, classification_loss, heads_loss
 from .depth import LinearBNDepthHead, depth_loss
 from .segmentation import IGNORE, ConvSegHead, LinearBNSegHead, segmentation_loss
 
 __all__ = [
     "HEADS",
     "IGNORE",
+    "UNKNOWN",
     "ConvSegHead",
     "LinearBNDepthHead",
     "LinearBNHead",

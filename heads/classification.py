@@ -24,9 +24,14 @@ class LinearBNHead(nn.Module):
         return self.classify(self.norm(features))
 
 
+UNKNOWN = -100
+"""Label of an image that counts for nothing."""
+
+
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B C] against labels int64 [B]."""
-    return F.cross_entropy(logits, labels)
+    """Mean cross-entropy of logits [B C] against labels int64 [B]; zero, with zero gradient, where none is known."""
+    total = F.cross_entropy(logits, labels, ignore_index=UNKNOWN, reduction="sum")
+    return total / (labels != UNKNOWN).sum().clamp(min=1)
 
 
 class LinearBNHeads(nn.Module):

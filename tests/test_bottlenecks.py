@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_value import steer as steer_module
+from dino_value.backbones import Features
 from dino_value.config import Config
 from dino_value.data.labelled import LabelledSource
 from dino_value.data.sampling import generator, key
@@ -122,8 +123,8 @@ def test_with_phi_free_labels_do_change_theta(tiny: Make) -> None:
 def test_labels_enter_nothing_but_the_evaluators_loss(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """With that loss cut off from them, a run with other labels is the same run, φ and heads included."""
 
-    def blind(self: Any, patches: Tensor, grid: tuple[int, int], labels: Tensor) -> Tensor:
-        return self.head(patches.transpose(1, 2).unflatten(2, grid)).square().mean()
+    def blind(self: Any, features: Features, labels: Tensor, head: nn.Module | None = None) -> Tensor:
+        return (head or self.head)(self.label.read(features)).square().mean()
 
     monkeypatch.setattr(FeedbackTask, "loss", blind)
     assert same(steps(Run(tiny())).state_dict(), steps(relabel(Run(tiny()))).state_dict())
@@ -249,7 +250,7 @@ def test_g_down_is_the_gradient_of_the_evaluators_loss(tiny: Make, kind: str) ->
     backbone = copy.deepcopy(run.student.backbone)
     features = backbone(backbone.normalise(images))
     task.head.eval()
-    expected_loss = task.loss(features.patches, features.grid, labels)
+    expected_loss = task.loss(features, labels)
     wanted = [parameter for name, parameter in backbone.named_parameters() if name in run.steer.scope.names]
     expected = torch.autograd.grad(expected_loss, wanted)
     gradient, loss = downstream_gradient(task, run.student.backbone, run.steer.scope, run.device)

@@ -204,9 +204,9 @@ def test_every_choice_is_checked(file: Path, key: str) -> None:
 def test_choices_are_the_registries() -> None:
     assert set(MASKS) == set(DESIGNERS)
     assert set(CHOICES["value.engine"]) - {"auto"} == set(ENGINES) - {"linear"}
-    assert set(CHOICES["value.direction"]) == {*DIRECTIONS, "adam"}
+    assert set(CHOICES["value.direction"]) == {*DIRECTIONS, "adam", "lookahead"}
     assert set(CHOICES["value.combine"]) == set(COMBINATIONS)
-    for kind in ("seg", "depth"):
+    for kind in ("seg", "depth", "classes"):
         assert {f"{kind}_{name}" for name in CHOICES[f"feedback.{kind}.head"]} == {
             name for name in HEADS if name.startswith(kind)
         }

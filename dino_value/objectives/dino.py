@@ -74,14 +74,26 @@ class DINOLoss(nn.Module):
         """Teacher logits [2 B K] to probabilities [2 B K], with the centre of the steps before."""
         return F.softmax((teacher_logits.to(self.center.dtype) - self.center) / temperature, dim=-1)
 
+    def log_probabilities(self, student_logits: Tensor) -> Tensor:
+        """What the student says, [… K] to [… K], in full precision."""
+        with torch.autocast(student_logits.device.type, enabled=False):
+            return F.log_softmax(student_logits.to(self.center.dtype) / self.student_temp, dim=-1)
+
     def terms(self, student_logits: Tensor, targets: Tensor) -> Tensor:
-        """One cross-entropy for each (teacher view, student view, image): [V B K] and [2 B K] to [2 V B].
+        """One cross-entropy for each (teacher view, student view, image): [V B K] and [2 B K] to [2 V B]."""
+        return self.cross_entropy(self.log_probabilities(student_logits), targets)
+
+    @staticmethod
+    def cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+        """The terms [2 V B] of the student's log-probabilities [V B K] and targets [2 B K], or [2 V B K] where each
+        pair has its own.
 
         The first two of the V views are the teacher's; `pairs` says which terms count.
         """
         # Autocast would take the sums of this product in bfloat16.
-        with torch.autocast(student_logits.device.type, enabled=False):
-            log_probabilities = F.log_softmax(student_logits.to(targets.dtype) / self.student_temp, dim=-1)
+        with torch.autocast(targets.device.type, enabled=False):
+            if targets.ndim == 4:
+                return -torch.einsum("tvbk,vbk->tvb", targets, log_probabilities)
             return -torch.einsum("tbk,vbk->tvb", targets, log_probabilities)
 
     @staticmethod

@@ -153,11 +153,19 @@ class IBOTLoss(nn.Module):
         """Logits [m K] to probabilities [m K], with the centre of the steps before; or use `sinkhorn` in its place."""
         return F.softmax((teacher_logits.to(self.center.dtype) - self.center) / temperature, dim=-1)
 
+    def log_probabilities(self, student_logits: Tensor) -> Tensor:
+        """What the student says of hidden patches, [m K] to [m K], in full precision."""
+        with torch.autocast(student_logits.device.type, enabled=False):
+            return F.log_softmax(student_logits.to(self.center.dtype) / self.student_temp, dim=-1)
+
     def terms(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """One cross-entropy for each hidden patch: [m K] and [m K] to [m]."""
-        with torch.autocast(student_logits.device.type, enabled=False):
-            log_probabilities = F.log_softmax(student_logits.to(targets.dtype) / self.student_temp, dim=-1)
-            return -(targets * log_probabilities).sum(-1)
+        return self.cross_entropy(self.log_probabilities(student_logits), targets)
+
+    @staticmethod
+    def cross_entropy(log_probabilities: Tensor, targets: Tensor) -> Tensor:
+        """The terms [m] of log-probabilities and targets [m K]."""
+        return -(targets * log_probabilities).sum(-1)
 
     def mean(self, terms: Tensor, masks: Masks, weights: Tensor | None = None) -> Tensor:
         """The loss of terms [m], each times its weight [m], if any; 0 where no patch is hidden."""

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from dino_value.objectives.collectives import total, world_size
-from dino_value.objectives.interface import Hidden, Learner, Objective, Parts, State
+from dino_value.objectives.interface import Hidden, Learner, Mover, Objective, Parts, State
 from dino_value.parts import WHOLE, Part
 
 AnyHidden = TypeVar("AnyHidden", bound=Hidden)
@@ -235,16 +235,28 @@ class IJEPA(IJEPALoss, Objective):
         large, _ = views
         return [large] if start is None else [student.backbone(_context(student, large, draw), stop=start)]
 
-    def losses(
-        self, student: Learner, states: Sequence[State], targets: Parts, start: int | None, draw: Blocks
-    ) -> Parts:
-        """Terms `ijepa` [2B M]."""
+    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Blocks) -> Parts:
+        """Predicted features `ijepa` [2B M m D]."""
         (state,) = states
         if isinstance(state, Tensor):
             state = _context(student, state, draw)
         features = student.backbone(state, start=start or 0)
-        outputs = student.head(features.patches, draw, features.grid)
-        return {"ijepa": self.terms(outputs, targets["ijepa"])}
+        return {"ijepa": student.head(features.patches, draw, features.grid)}
+
+    def terms_of(self, predictions: Parts, targets: Parts) -> Parts:
+        """Terms `ijepa` [2B M]."""
+        return {"ijepa": self.terms(predictions["ijepa"], targets["ijepa"])}
+
+    def move(self, targets: Parts, here: Parts, there: Parts, mover: Mover) -> Parts:
+        """Each hidden patch's target [D] by how its prediction changes."""
+        y = targets["ijepa"]
+        before, after = (part["ijepa"].to(y.dtype) for part in (here, there))
+
+        def slope(target: Tensor) -> Tensor:
+            """−∂ℓ/∂f of smooth ℓ1, a mean over D."""
+            return ((target - before) / self.beta).clamp(-1, 1) / y.shape[-1]
+
+        return {"ijepa": mover.point("ijepa", y, after - before, slope)}
 
     def weighable(self, terms: Parts) -> dict[str, Tensor | None]:
         return {"ijepa": None}

@@ -6,7 +6,9 @@ An objective is a module of what a loss must remember (centres, a Gram teacher) 
     draw(large, patch_size, generator) -> draw          constants of a batch: which patches are hidden
     teach(teacher, large, temperature, draw)            -> targets, and what the centres are updated with
     states(student, views, start, draw)                 -> the student's states where the value core cuts it
-    losses(student, states, targets, start, draw)       -> every term of the loss, by part
+    predict(student, states, start, draw)               -> what the student says, by part
+    move(targets, here, there, mover)                   -> targets that a designer has moved, if there is one
+    terms_of(predictions, targets)                      -> every term of the loss, by part
     parts(terms, draw, weights) -> total(parts)         linear in the terms, and in their weights
     update(logits)                                      after the step: the centres
 
@@ -23,6 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from dino_value.parts import WHOLE, Part
+
+
+class Mover(Protocol):
+    """How far targets go, and a record of it (`dino_value.value.Mover`)."""
+
+    def distribution(self, part: str, q: Tensor, delta: Tensor, valid: Tensor | None = None) -> Tensor: ...
+
+    def point(self, part: str, y: Tensor, delta: Tensor, slope: Callable[[Tensor], Tensor]) -> Tensor: ...
 
 
 class Hidden(Protocol):
@@ -96,8 +106,21 @@ class Objective(nn.Module, abc.ABC):
         themselves where `start` is None."""
 
     @abc.abstractmethod
+    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Draw) -> Parts:
+        """Onward from `states`, all of them or those of the global views alone, to what `targets` are compared with."""
+
+    @abc.abstractmethod
+    def terms_of(self, predictions: Parts, targets: Parts) -> Parts:
+        """The terms of each part."""
+
     def losses(self, student: Learner, states: Sequence[State], targets: Parts, start: int | None, draw: Draw) -> Parts:
-        """Onward from `states`, all of them or those of the global views alone, to the terms of each part."""
+        """Onward from `states` to the terms of each part."""
+        return self.terms_of(self.predict(student, states, start, draw), targets)
+
+    @abc.abstractmethod
+    def move(self, targets: Parts, here: Parts, there: Parts, mover: Mover) -> Parts:
+        """The targets, moved by how the student's predictions change from `here` to `there`, detached. Regularisers
+        have none to move. A cut of a batch (`cut`) comes before this, never after."""
 
     @abc.abstractmethod
     def weighable(self, terms: Parts) -> dict[str, Tensor | None]:

@@ -21,7 +21,7 @@ from dino_value.objectives.collectives import in_one_piece, mean
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.objectives.gram import gram_loss
 from dino_value.objectives.ibot import IBOTLoss, Masks, MaskToken, block_masks
-from dino_value.objectives.interface import Learner, Objective, Parts, State
+from dino_value.objectives.interface import Learner, Mover, Objective, Parts, State
 from dino_value.objectives.koleo import koleo
 from dino_value.objectives.sinkhorn import sinkhorn
 from dino_value.parts import WHOLE, Part
@@ -158,35 +158,55 @@ class SelfDistillation(DINOLoss, Objective):
             large = student.backbone(large, stop=0, replace=hide)
         return [large, *small]
 
-    def losses(
-        self, student: Learner, states: Sequence[State], targets: Parts, start: int | None, draw: Masks | None
-    ) -> Parts:
-        """Terms `dino` [2 V B], `ibot` [m], `koleo` [2], `gram` []."""
+    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Masks | None) -> Parts:
+        """Log-probabilities `dino` [V B K] and `ibot` [m K]; class tokens `koleo` [2B D] and patches `gram` [2B N D] of
+        the global views."""
         entered, start = self._entered(student, states, draw), start or 0
-        if self.ibot is None and "gram" not in targets:  # only class tokens are read
+        if self.ibot is None and not self._anchored:  # only class tokens are read
             cls, patches = student.backbone(entered, start=start, cls_only=True), torch.empty(0)
         else:
             seen = student.backbone(entered, start=start)
             cls, patches = [features.cls for features in seen], seen[0].patches
-        terms = {"dino": self._pairs(student, cls, targets)}
+        found = {"dino": self._named(student, cls, len(cls[0]) // 2)}
         if self.ibot is not None:
             assert draw is not None
-            outputs = (student.patch_head or student.head)(draw.pick(patches))
-            terms["ibot"] = self.ibot.terms(outputs, targets["ibot"])
+            found["ibot"] = self.ibot.log_probabilities((student.patch_head or student.head)(draw.pick(patches)))
         if self.koleo_weight:
-            terms["koleo"] = torch.stack([koleo(part) for part in cls[0].chunk(2)])
+            found["koleo"] = cls[0]
+        if self._anchored:
+            found["gram"] = patches
+        return found
+
+    def terms_of(self, predictions: Parts, targets: Parts) -> Parts:
+        """Terms `dino` [2 V B], `ibot` [m], `koleo` [2], `gram` []."""
+        terms = {"dino": self.cross_entropy(predictions["dino"], targets["dino"])}
+        if self.ibot is not None:
+            terms["ibot"] = self.ibot.cross_entropy(predictions["ibot"], targets["ibot"])
+        if self.koleo_weight:
+            terms["koleo"] = torch.stack([koleo(part) for part in predictions["koleo"].chunk(2)])
         if "gram" in targets:
             g = self.gram_settings
-            terms["gram"] = gram_loss(patches, targets["gram"], g.level, g.negatives, g.normalise)
+            terms["gram"] = gram_loss(predictions["gram"], targets["gram"], g.level, g.negatives, g.normalise)
         return terms
+
+    def move(self, targets: Parts, here: Parts, there: Parts, mover: Mover) -> Parts:
+        """`dino` [2 B K] to a target for each pair of views [2 V B K], by the student's view; `ibot` [m K] by patch."""
+        moved = dict(targets)
+        change = (there["dino"] - here["dino"])[None]  # [1 V B K]
+        pairs = self.pairs(change[..., 0].expand(2, -1, -1))
+        moved["dino"] = mover.distribution("dino", targets["dino"][:, None], change, pairs)
+        if self.ibot is not None:
+            moved["ibot"] = mover.distribution("ibot", targets["ibot"], there["ibot"] - here["ibot"])
+        return moved
 
     def local_terms(self, student: Learner, state: State, targets: Parts, start: int | None) -> Tensor:
         """Local views' terms [2 n B], from their state alone: what `best_of_n` chooses by."""
-        return self._pairs(student, [student.backbone(state, start=start or 0, cls_only=True)], targets)
+        cls = [student.backbone(state, start=start or 0, cls_only=True)]
+        return self.cross_entropy(self._named(student, cls, targets["dino"].shape[1]), targets["dino"])
 
-    def _pairs(self, student: Learner, cls: list[Tensor], targets: Parts) -> Tensor:
-        batch = targets["dino"].shape[1]
-        return self.terms(student.head(torch.cat(cls)).unflatten(0, (-1, batch)), targets["dino"])
+    def _named(self, student: Learner, cls: list[Tensor], batch: int) -> Tensor:
+        """Log-probabilities [V B K] of class tokens by crop size, each [v·B D]."""
+        return self.log_probabilities(student.head(torch.cat(cls)).unflatten(0, (-1, batch)))
 
     def weighable(self, terms: Parts) -> dict[str, Tensor | None]:
         """Not KoLeo and Gram: they regularise the features, and their terms say nothing of single predictions."""

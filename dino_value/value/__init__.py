@@ -38,6 +38,8 @@ from dino_value.value.engines import (
     linear,
     pre_gradient,
 )
+from dino_value.value.lookahead import OPTIMIZERS as LOOKAHEAD_OPTIMIZERS
+from dino_value.value.lookahead import Shadow, contrast, lookahead
 from dino_value.value.probing import (
     ProbeResult,
     Trial,
@@ -51,12 +53,14 @@ from dino_value.value.probing import (
 from dino_value.value.scope import Scope, everything, last_blocks, matching
 from dino_value.value.score import leave_one_out, score_loss
 from dino_value.value.step import ValueStep, value_step
+from dino_value.value.targets import Mover, tilt
 from dino_value.value.terms import best_of, term_values, value_weights
 
 __all__ = [
     "COMBINATIONS",
     "DIRECTIONS",
     "ENGINES",
+    "LOOKAHEAD_OPTIMIZERS",
     "AdamState",
     "Alignment",
     "Direction",
@@ -65,9 +69,11 @@ __all__ = [
     "GradientAverage",
     "Guard",
     "LinearTask",
+    "Mover",
     "ProbeResult",
     "Refreshed",
     "Scope",
+    "Shadow",
     "Task",
     "Trial",
     "ValueGain",
@@ -85,6 +91,7 @@ __all__ = [
     "choose_engine",
     "choose_radius",
     "combine",
+    "contrast",
     "double_backward",
     "engine_error",
     "everything",
@@ -94,6 +101,7 @@ __all__ = [
     "last_blocks",
     "leave_one_out",
     "linear",
+    "lookahead",
     "matching",
     "mean_gradient",
     "norm",
@@ -110,6 +118,7 @@ __all__ = [
     "split_half",
     "task_alignment",
     "term_values",
+    "tilt",
     "value_gain",
     "value_step",
     "value_weights",
