@@ -3,8 +3,9 @@
 A *shadow* of θ_S, and copies of the heads, take m steps of an ordinary optimizer on the labels' loss; then
 u = θ_S − θ_S′, and the shadow is thrown away. The heads repair themselves within those steps, curvature and the
 optimizer are in u, and u points where fine-tuning would go. With one step of SGD and fixed heads u is η·g_down, so
-`dot` is a special case; on a quadratic it is (I − (I − ηH)^m) H⁻¹ g_down. Many inner steps as one direction is the idea
-of Reptile (Nichol et al., 2018, arXiv 1803.02999) and of the Lookahead optimizer (Zhang et al., 2019, arXiv 1907.08610).
+`dot` is a special case; on a quadratic it is (I − (I − ηH)^m) H⁻¹ g_down. Many inner steps as one direction is
+the idea of Reptile (Nichol et al., 2018, arXiv 1803.02999) and of the Lookahead optimizer (Zhang et al., 2019, arXiv
+1907.08610).
 """
 
 from __future__ import annotations
