@@ -118,7 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(command=_report)
 
     probe = commands.add_parser("probe", help="does V foretell what one step of a run does to held-out feedback?")
-    probe.add_argument("run", type=Path, metavar="RUN", help="folder of a run with feedback")
+    probe.add_argument(
+        "run", type=Path, metavar="RUN", help="folder of a run with feedback; with --agreement or CONFIG"
+    )
+    probe.add_argument("overrides", nargs="*", metavar="key=value", help="with --agreement: of the configuration")
+    probe.add_argument("--agreement", action="store_true", help="before a run: is its direction the labels' own?")
+    probe.add_argument("--pairs", type=int, default=3, help="with --agreement: repetitions (default: %(default)s)")
     probe.add_argument("--trials", type=int, default=32, help="one-step updates tried (default: %(default)s)")
     probe.add_argument("--held", type=int, default=64, help="labelled images a task, to measure on (%(default)s)")
     probe.add_argument("--seed", type=int, default=0, help="of the unlabeled batches (default: %(default)s)")
@@ -226,6 +231,10 @@ def _probe(arguments: argparse.Namespace) -> int:
     from dino_value.probe import Probed, probe_run
     from dino_value.report.terminal import probe_table
 
+    if arguments.agreement:
+        return _probe_start(arguments)
+    if arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]}: a run is probed as it was; key=value goes with --agreement")
     for name in ("blocks", "batch"):
         value = getattr(arguments, name)
         if value is not None and value < 1 + (name == "batch"):
@@ -245,6 +254,22 @@ def _probe(arguments: argparse.Namespace) -> int:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     Console().print(probe_table(found, "downstream"))
     print(path)
+    return EXIT_DONE
+
+
+def _probe_start(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from dino_value.files import write_json
+    from dino_value.probe import probe_start
+    from dino_value.report.terminal import agreement_table
+
+    if arguments.pairs < 1:
+        raise UserError(f"--pairs {arguments.pairs}: must be 1 or more")
+    found = probe_start(arguments.run, arguments.overrides, arguments.pairs)
+    if arguments.out is not None:
+        write_json(arguments.out, found)
+    Console().print(agreement_table(found))
     return EXIT_DONE
 
 

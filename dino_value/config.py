@@ -190,6 +190,9 @@ class ValueConfig:
     radius: float | None = None  # of the finite difference, ε = radius/‖u‖; None: what is best on the first meta batch
     tolerance: float = 5e-2  # relative error of φ's gradient above which an engine is refused
     diagnose: int = 0  # designer updates between measurements on held feedback; 0 takes none
+    agreement: int = (
+        0  # updates between measurements of whether a direction is the labels' own (docs/value.md); 0: none
+    )
     scope: ScopeConfig = field(default_factory=ScopeConfig)
 
 
@@ -258,6 +261,8 @@ class FeedbackConfig:
     batch_size: int = 32  # head-train and meta batches, each
     lr: float = 1e-3  # of the heads
     updates: int = 1  # head updates before each g_down
+    pool: int = 0  # head-train batches whose features those updates share in turn, computed once; 0: one each
+    lag_every: int = 10  # designer updates between measurements of how far the heads lag behind; 0: none
     warmup: int = 100  # head updates before the first g_down: a random head's gradient teaches nothing
     refresh: int = 0  # designer updates for which g_down of the whole meta pool is kept; 0: one meta batch an update
     ema: float = 0.0  # decay of a moving average of g_down; 0: none
@@ -411,6 +416,8 @@ _AT_LEAST: dict[str, float] = {
     "value.batch_size": 2,
     "feedback.batch_size": 2,
     "feedback.updates": 0,
+    "feedback.pool": 0,
+    "feedback.lag_every": 0,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
     "checkpoint.keep_every": 0,
@@ -455,6 +462,7 @@ _AT_LEAST: dict[str, float] = {
     "value.warmup": 0,
     "value.guard_rate": 0,
     "value.diagnose": 0,
+    "value.agreement": 0,
     "designer.candidates": 1,
     "designer.weight_clip": 1,
     "feedback.refresh": 0,
@@ -596,6 +604,10 @@ def check(config: Config) -> Config:
             f"every 32 channels, {heads} here) divide; choose a multiple of 32, for example {32 * heads}"
         )
     _check_direction(config)
+    if config.value.agreement and not (config.designs and config.follows):
+        raise UserError(
+            "value.agreement measures what a closed form makes of a direction: choose designer.name=targets, or 0"
+        )
     if config.value.diagnose and config.designs and config.needs_labels:
         for kind, path in config.labels.items():
             task: TaskConfig = getattr(config.feedback, kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from dino_value.label_kinds import KINDS
 from dino_value.optim import FiniteGuard
 from dino_value.parts import WHOLE
 from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, average, mean_gradient
+
+LAG_BATCHES, LAG_STEPS = 4, 20
+LAG_FROM = 2**24  # the number of the first batch that a measurement draws: no cursor comes there
 
 
 class FeedbackTask:
@@ -167,22 +170,35 @@ def evaluation_split(kind: str, path: str) -> LabelledSource | None:
         return None
 
 
-def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:
-    """One step of the head on a head-train batch, the backbone frozen; returns the loss, detached.
+class Seen(NamedTuple):
+    """What the frozen backbone makes of a labelled batch, all of it on every process."""
 
-    Each process runs the backbone on its part of the batch. The head's own step, little work, every process takes on
-    all of it: its batch norm sees the whole batch, and the heads stay equal.
-    """
-    images, labels = (part.to(device, non_blocking=True) for part in task.train.next())
-    number = task.train.count - 1
-    with torch.no_grad():
-        features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
+    features: Features
+    labels: Tensor
+
+
+@torch.no_grad()
+def seen(task: FeedbackTask, backbone: Backbone, batch: tuple[Tensor, ...], device: torch.device) -> Seen:
+    """Of this process's part of a head-train batch. Each process runs the backbone on its part."""
+    images, labels = (part.to(device, non_blocking=True) for part in batch)
+    features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
     size = task.train_stream.batch_size
-    features = Features(*(gather(part[: len(labels)].float(), size) for part in features[:2]), features.grid)
-    labels = gather(labels, size)
+    whole = (gather(part[: len(labels)].float(), size) for part in features[:2])
+    return Seen(Features(*whole, features.grid), gather(labels, size))
+
+
+def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:
+    """One step of the head on the next head-train batch, the backbone frozen; returns the loss, detached."""
+    return step_head(task, seen(task, backbone, task.train.next(), device), guard)
+
+
+def step_head(task: FeedbackTask, batch: Seen, guard: FiniteGuard) -> Tensor:
+    """The head's own step, little work, every process takes on all of a batch: its batch norm sees the whole batch, and
+    the heads stay equal."""
+    number = task.train.count - 1
     task.head.train()
-    with torch.autocast(device.type, enabled=False):
-        loss = task.loss(features, labels)
+    with torch.autocast(batch.labels.device.type, enabled=False):
+        loss = task.loss(*batch)
     task.optimizer.zero_grad()
     loss.backward()
 
@@ -192,6 +208,47 @@ def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard
     guard.watch(task.optimizer, message, **{f"loss_{task.kind}": loss})
     guard.step(task.optimizer)
     return loss.detach()
+
+
+def fit_heads(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard, steps: int) -> None:
+    """`steps` steps of the head, each on a batch of its own; or with feedback.pool in turn on the features of so many
+    batches, which the backbone sees once: as many steps as the head needs, at the price of the pool."""
+    pool = task.config.feedback.pool
+    kept: list[Seen] = []
+    for step in range(steps):
+        if not pool or step < pool:
+            batch = seen(task, backbone, task.train.next(), device)
+            kept += [batch] if pool else []
+        step_head(task, kept[step % pool] if pool else batch, guard)
+
+
+def head_lag(task: FeedbackTask, backbone: Backbone, device: torch.device, number: int) -> Tensor:
+    """How much of its loss the head would still lose: 1 − after/before on a head-train batch, for LAG_STEPS steps of a
+    copy on others; in eval mode. Changes nothing.
+
+    Args:
+        number: of the measurement: it draws batches of its own.
+    """
+    stream = task.train_stream
+    first, *others = (
+        seen(task, backbone, stream.batch(LAG_FROM + number * LAG_BATCHES + place), device)
+        for place in range(LAG_BATCHES)
+    )
+    head = copy.deepcopy(task.head).requires_grad_(True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=task.config.feedback.lr)
+    with torch.autocast(first.labels.device.type, enabled=False):
+
+        def measured() -> Tensor:
+            with torch.no_grad():
+                return task.loss(*first, head.eval())
+
+        before = measured()
+        head.train()
+        for step in range(LAG_STEPS):
+            optimizer.zero_grad()
+            task.loss(*others[step % len(others)], head).backward()
+            optimizer.step()
+        return 1 - measured() / before
 
 
 def downstream_gradient(

@@ -25,6 +25,8 @@ NEIGHBOURS, KNN_TEMPERATURE = 20, 0.07  # the published k-NN's
 CLOSE = 0.05  # nats: a distribution this near to ln K, or to 0, is uniform, or one-hot
 ONE_LINE = 1.05  # RankMe of features that differ by no more than rounding
 CONSTANT = 0.01  # standard deviation of normalised targets, which is near 1 in health
+LAG = 0.1  # share of the heads' loss that a few more steps would take off
+AT_ONCE = ("lookahead_diverges", "direction_reverses", "heads_lag")  # said without patience: they are no beginnings
 WINDOW = 20  # readings that a loss is compared with
 
 
@@ -196,6 +198,31 @@ class CollapseWatch:
                 f"weights of an earlier step with a lower optim.lr ({optim.lr:g}) or a higher objective.koleo "
                 f"({objective.koleo:g}; DINOv2 0.1)"
             )
+        return found | self._of_the_direction(values)
+
+    def _of_the_direction(self, values: Mapping[str, float]) -> dict[str, str | Literal[False]]:
+        """What is wrong with what the designer follows, at once."""
+        feedback, value = self.config.feedback, self.config.value
+        found: dict[str, str | Literal[False]] = {}
+        if "lookahead_after" in values:
+            before, after = values["lookahead_before"], values["lookahead_after"]
+            found["lookahead_diverges"] = after > before and (
+                f"the labels' loss was {before:.3g} and is {after:.3g} after a lookahead of "
+                f"{value.lookahead.steps} steps: its direction leads away from them. Lower value.lookahead.lr"
+            )
+        if "direction_drift" in values:
+            drift = values["direction_drift"]
+            found["direction_reverses"] = drift < 0 and (
+                f"a direction and the next one have a cosine of {drift:.2f}: kept for value.period={value.period} "
+                "steps it has turned round. Lower value.period, or choose value.direction=lookahead"
+            )
+        if "head_lag" in values:
+            lag = values["head_lag"]
+            found["heads_lag"] = lag > LAG and (
+                f"more steps would take {lag:.0%} off the heads' loss: g_down asks mostly for heads to be repaired. "
+                f"Raise feedback.updates ({feedback.updates}), feedback.warmup ({feedback.warmup}) or feedback.lr "
+                f"({feedback.lr:g}), or choose value.direction=lookahead"
+            )
         return found
 
     def _lasts(self, kind: str, step: int, holds: bool) -> bool:
@@ -203,7 +230,8 @@ class CollapseWatch:
         if not holds:
             self._since.pop(kind, None)
             return False
-        return step - self._since.setdefault(kind, step) >= self.config.health.patience and kind not in self._said
+        patience = 0 if kind in AT_ONCE else self.config.health.patience
+        return step - self._since.setdefault(kind, step) >= patience and kind not in self._said
 
     def _spike(self, loss: float) -> str | None:
         """What to say when a loss leaves the running mean: once a spike, which ends when the loss is back."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from dino_value.agreement import direction_agreement, verdict
 from dino_value.backbones import Backbone, Hidden
 from dino_value.checkpoint import load_checkpoint
-from dino_value.config import ScopeConfig, load_config
+from dino_value.config import ScopeConfig, load_config, packaged
 from dino_value.data import open_views
 from dino_value.data.sampling import Stream, generator
 from dino_value.errors import UserError
@@ -125,6 +126,30 @@ def probe_run(
         "held": {task.kind: len(task.held_indices) for task in run.steer.feedback},
     }
     return {"step": run.step, "settings": settings} | _Probe(run, run.steer, seed, what).trials(trials)
+
+
+def probe_start(source: Path, overrides: Sequence[str], pairs: int) -> dict[str, Any]:
+    """Whether the direction of a configuration is worth following (`agreement.py`), at the start that it names, or at
+    the last checkpoint of a run folder.
+
+    Returns:
+        `direction_agreement`'s lists, and `verdict`.
+
+    Raises:
+        UserError: neither, or no direction that is followed.
+    """
+    file = source / "config.yaml"
+    config = load_config(file if file.is_file() else source, ["out=unused", *overrides])
+    run = Run(config)
+    if file.is_file():
+        run.load_state_dict(load_checkpoint(source))
+    elif config.start_from is not None:
+        run.start_from(load_checkpoint(packaged(config.start_from)))
+    if run.steer is None:
+        raise UserError(f"method={config.method} follows no direction: choose method=value and designer.name=targets")
+    run.loss.begin(run.step, run.teacher)
+    found = direction_agreement(run.steer, run.teacher_temperature(), pairs)
+    return found | {"verdict": verdict(found)}
 
 
 class _Probe:

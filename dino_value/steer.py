@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dino_value.agreement import direction_agreement
 from dino_value.checkpoint import load_checkpoint, snapshot
 from dino_value.config import Config, packaged
 from dino_value.data.sampling import Cursor, Source, Stream, generator, key
 from dino_value.designers import DESIGNERS, AttentionMasks, RandomMasks, sparsity, total_variation
 from dino_value.distributed import from_first, own_part
 from dino_value.errors import UserError
-from dino_value.feedback import downstream_gradient, fit_head, held_gradients, open_feedback
+from dino_value.feedback import downstream_gradient, fit_heads, head_lag, held_gradients, open_feedback
 from dino_value.lookahead import look_ahead
 from dino_value.objectives.collectives import alone
 from dino_value.objectives.interface import Draw, Objective, Parts, State
@@ -29,7 +30,7 @@ from dino_value.optim import FiniteGuard
 from dino_value.parts import WHOLE, Part
 from dino_value.sharding import Plain
 from dino_value.sharding import full as in_one_piece
-from dino_value.steps import Learner, SSLTask, Tail, Views, constant, design_views, make_views
+from dino_value.steps import Learner, SSLTask, Tail, Views, constant, design_views, evaluating, make_views
 from dino_value.track import Meters
 from dino_value.value import (
     DIRECTIONS,
@@ -305,8 +306,8 @@ class Steer:
         config, number, backbone = self.config, self.updates, self.student.backbone
         torch.manual_seed(key(config.seed, "designer step", number))
         for one in self.feedback:
-            for _ in range(config.feedback.updates + (config.feedback.warmup if number == 0 else 0)):
-                fit_head(one, backbone, self.device, self.guard)
+            steps = config.feedback.updates + (config.feedback.warmup if number == 0 else 0)
+            fit_heads(one, backbone, self.device, self.guard, steps)
         g_down, gradients, metrics = self.downstream()
         direction = self._direction({kind: gradients[kind] for kind in self.guards})
         views = make_views(
@@ -333,6 +334,11 @@ class Steer:
             metrics["direction_drift"] = alignment(kept, self.direction)
         if config.value.diagnose and number % config.value.diagnose == 0:
             metrics |= self._diagnose(views, temperature, parameters, list(gradients.values()))
+        if config.value.agreement and number % config.value.agreement == 0:
+            found = direction_agreement(self, temperature)
+            metrics |= {
+                f"agreement_{name}": torch.tensor(value[0], device=self.device) for name, value in found.items()
+            }
         self.updates += 1
         self.meters.add(**metrics)
 
@@ -391,17 +397,27 @@ class Steer:
         asked = [task for task in self.feedback if task.guard or not ahead]
         found = {task.kind: downstream_gradient(task, backbone, self.scope, self.device) for task in asked}
         metrics = {f"loss_{kind}": loss for kind, (_, loss) in found.items()}
+        every = config.feedback.lag_every
+        if asked and every and self.updates % every == 0:
+            number = self.updates // every
+            lags = [head_lag(task, backbone, self.device, number) for task in asked]
+            metrics["head_lag"] = torch.stack(lags).max()
         gradients = {kind: gradient for kind, (gradient, _) in found.items()}
         targets = [task for task in self.feedback if not task.guard]
         if ahead:
             g_down, said = look_ahead(targets, backbone, self.scope, config, self.updates, self.device)
             metrics |= said
         else:
-            alphas = [task.weight for task in targets]
-            g_down = combine([gradients[task.kind] for task in targets], alphas, config.value.combine, self.updates)
+            g_down = self._g_down(gradients)
         if "random" in (config.method, config.value.direction):
             g_down = self._random(g_down)
         return g_down, gradients, metrics
+
+    def _g_down(self, gradients: dict[str, Gradient]) -> Gradient:
+        """One g_down of the gradients of tasks that are not guards."""
+        targets = [task for task in self.feedback if not task.guard]
+        alphas = [task.weight for task in targets]
+        return combine([gradients[task.kind] for task in targets], alphas, self.config.value.combine, self.updates)
 
     def _random(self, g_down: Gradient) -> Gradient:
         """Gaussian tensors of g_down's norms that change when, and as slowly as, it does."""
@@ -601,17 +617,6 @@ def detached(state: State) -> State:
 def full(state: State) -> State:
     """In float32: differences do not survive bfloat16."""
     return state.float() if isinstance(state, Tensor) else state.full()
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without stochastic depth, which would make every pass, and both ends of a difference, another function."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 @contextlib.contextmanager

@@ -199,6 +199,17 @@ def constant(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without stochastic depth, which would make every pass, and both ends of a difference, another function."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
 class Tail(nn.Module):
     """Functions of the student at other values of θ_S; everything else about it is constant."""
 

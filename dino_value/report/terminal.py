@@ -52,3 +52,33 @@ def probe_table(found: Mapping[str, Any], loss: str) -> Table:
             f"{row['mean_realised']:.3g}",
         )
     return table
+
+
+_VERDICTS = {
+    "the labels' own": "other labels of the same kind would change the step alike, and shuffled ones would not",
+    "reproducible": "other labels would change the step alike, but so would shuffled ones: it is not what labels say",
+    "neither": "other labels would change the step otherwise: mostly noise. Raise value.lookahead.steps or the batch",
+}
+
+
+def agreement_table(found: Mapping[str, Any]) -> Table:
+    """What `dino-value probe --agreement` found: cosines, mean and range over the pairs, and what they mean."""
+    table = Table(
+        title="agreement of directions: cosines",
+        caption=f"{found['verdict']}: {_VERDICTS[found['verdict']]}",
+    )
+    for heading in ("of", "mean", "from", "to"):
+        table.add_column(heading, justify="left" if heading == "of" else "right")
+    rows = {
+        "step_true": "two steps, independent labels",
+        "step_shuffled": "a step and one of shuffled labels",
+        "unlabeled": "a step on two unlabeled batches",
+        "u_true": "two directions u, independent labels",
+        "u_shuffled": "a direction u and one of shuffled labels",
+        "kept": "a step and its own u",
+        "other": "a step and another u",
+    }
+    for name, text in rows.items():
+        values = found[name]
+        table.add_row(text, *(f"{value:+.2f}" for value in (sum(values) / len(values), min(values), max(values))))
+    return table
