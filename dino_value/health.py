@@ -26,7 +26,9 @@ CLOSE = 0.05  # nats: a distribution this near to ln K, or to 0, is uniform, or 
 ONE_LINE = 1.05  # RankMe of features that differ by no more than rounding
 CONSTANT = 0.01  # standard deviation of normalised targets, which is near 1 in health
 LAG = 0.1  # share of the heads' loss that a few more steps would take off
-AT_ONCE = ("lookahead_diverges", "direction_reverses", "heads_lag")  # said without patience: they are no beginnings
+ROUNDING = 0.05  # nats: bfloat16 leaves an error of .005 in a difference of log-probabilities (docs/value.md)
+# said without patience: they are no beginnings
+AT_ONCE = ("lookahead_diverges", "direction_reverses", "targets_follow_rounding", "heads_lag")
 WINDOW = 20  # readings that a loss is compared with
 
 
@@ -143,8 +145,8 @@ class CollapseWatch:
     settled one prototype takes all, and until features differ the teacher is uniform.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, low_precision: bool = False) -> None:
+        self.config, self.low_precision = config, low_precision
         self._since: dict[str, int] = {}  # the first reading of each condition that has held ever since
         self._said: list[str] = []
         self._losses: list[float] = []  # the last readings that were no spike
@@ -215,6 +217,13 @@ class CollapseWatch:
             found["direction_reverses"] = drift < 0 and (
                 f"a direction and the next one have a cosine of {drift:.2f}: kept for value.period={value.period} "
                 "steps it has turned round. Lower value.period, or choose value.direction=lookahead"
+            )
+        spread = min((v for name, v in values.items() if name.startswith("target_spread")), default=math.inf)
+        if math.isfinite(spread) and "lookahead_after" in values and self.low_precision:
+            found["targets_follow_rounding"] = spread < ROUNDING and (
+                f"the lookahead changes the student's log-probabilities by {spread:.2g} nats, little more than bfloat16 "
+                "rounds: the targets follow rounding. Raise value.lookahead.steps or value.lookahead.lr, or set "
+                "precision=fp32"
             )
         if "head_lag" in values:
             lag = values["head_lag"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dino_value.backbones import Backbone
+from dino_value.backbones import Backbone, Features
 from dino_value.config import Config
 from dino_value.data.sampling import generator
 from dino_value.distributed import gather
@@ -108,9 +108,15 @@ def labelled_loss(
     scope: Scope,
     parameters: dict[str, Tensor],
 ) -> Tensor:
-    """L_down of `head` at the values `parameters` of θ_S, in float32."""
-    with torch.autocast(batch.labels.device.type, enabled=False):
+    """L_down of `head` at the values `parameters` of θ_S: the backbone in the learner's precision, as the shadow is
+    trained and not differenced, the head in float32."""
+    device = batch.labels.device.type
+    # Without the cache, which would keep casts of a shadow that has moved on.
+    now = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+    with torch.autocast(device, cache_enabled=False, **now):
         features = functional_call(backbone, parameters, (batch.state,), {"start": scope.start or 0})
+    with torch.autocast(device, enabled=False):
+        features = Features(features.cls.float(), features.patches.float(), features.grid)
         return task.loss(features, batch.labels, head)
 
 

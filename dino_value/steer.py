@@ -187,6 +187,7 @@ class Steer:
             return targets
         found = {f"target_kl_{part}": spent for part, spent in mover.spent.items()}
         found |= {f"target_strength_{part}": strength for part, strength in mover.strengths.items()}
+        found |= {f"target_spread_{part}": spread for part, spread in mover.spread.items()}
         # ⟨u, g_pre⟩ of the very step, with the targets as they were, as they are, and at best.
         names = {"plain_value": mover.plain, "moved_value": mover.moved, "best_value": mover.best}
         self.meters.add(**found, **{name: self._along(terms, draw) for name, terms in names.items() if terms})

@@ -249,7 +249,7 @@ class Run:
         self.writer = Writer(config.checkpoint.background)
         self.batch: tuple[Tensor, ...] = ()  # of the present step
         self._events: list[Event] = []
-        self.collapse = CollapseWatch(config)
+        self.collapse = CollapseWatch(config, use_bfloat16(config, self.device))
         self.steer: Steer | None = None
         self.labels: Labels | None = None
         if config.method == "finetune":

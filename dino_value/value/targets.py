@@ -66,6 +66,8 @@ class Mover:
         self.spent: dict[str, Tensor] = {}
         """KL by part of the loss, mean over rows; 0-dim."""
         self.strengths: dict[str, Tensor] = {}
+        self.spread: dict[str, Tensor] = {}
+        """Standard deviation of Δ under q: what s is to be compared with, and rounding."""
         self.plain: dict[str, Tensor] = {}
         """⟨u, ∇ℓ⟩ of every term with its target as it was; `moved` as it is now; `best` of the best target there is."""
         self.moved: dict[str, Tensor] = {}
@@ -100,6 +102,7 @@ class Mover:
             mean = (exponents.sub_(partition).exp_() * centred).sum(-1)
             return self._mean((strength * mean - partition[..., 0] + base).clamp_min(0), valid)
 
+        self.spread[part] = variance.sqrt()
         strength = self._strength(variance, spent)
         moved = _tilted(log_q, centred, strength)
         self.strengths[part], self.spent[part] = strength, spent(strength)
@@ -117,6 +120,7 @@ class Mover:
         """
         delta = delta * self.scale
         variance = self._mean(delta.square().sum(-1), torch.ones((), dtype=torch.bool, device=y.device))
+        self.spread[part] = variance.sqrt()
         strength = self._strength(variance, lambda s: s.square() * variance / 2)
         self.strengths[part], self.spent[part] = strength, strength.square() * variance / 2
         moved = y + strength * delta
