@@ -221,8 +221,8 @@ class CollapseWatch:
         spread = min((v for name, v in values.items() if name.startswith("target_spread")), default=math.inf)
         if math.isfinite(spread) and "lookahead_after" in values and self.low_precision:
             found["targets_follow_rounding"] = spread < ROUNDING and (
-                f"the lookahead changes the student's log-probabilities by {spread:.2g} nats, little more than bfloat16 "
-                "rounds: the targets follow rounding. Raise value.lookahead.steps or value.lookahead.lr, or set "
+                f"the lookahead changes the student's log-probabilities by {spread:.2g} nats, near what bfloat16 "
+                "rounds off: the targets follow rounding. Raise value.lookahead.steps or value.lookahead.lr, or set "
                 "precision=fp32"
             )
         if "head_lag" in values:

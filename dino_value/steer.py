@@ -552,6 +552,8 @@ class Steer:
         metrics: dict[str, Tensor] = {}
         for name, found in gain._asdict().items():
             metrics |= {f"held_value_{name}": found.value, f"held_cosine_{name}": found.cosine}
+        if self.direction is not None:
+            metrics["held_survival"] = self._survival(views, temperature, parameters, g_held)
         metrics |= {f"split_half_{kind}": split_half(parts) for kind, parts in held.items() if len(parts) > 1}
         if self.designer is not None and self.designer_optimizer is not None:
             few = self._task(views.first(CHECK_IMAGES), temperature, self.designer, part=WHOLE)
@@ -562,6 +564,19 @@ class Steer:
         if len(gradients) > 1:
             metrics["task_cosine"] = task_alignment(gradients)[0, 1]
         return metrics
+
+    def _survival(self, views: Views, temperature: float, parameters: dict[str, Tensor], g_held: Gradient) -> Tensor:
+        """What is left on labels that taught nothing: the cosine of their gradient with the closed form's change of
+        g_pre, over that of the direction that it follows."""
+        assert self.direction is not None
+        found = []
+        for designed in (True, False):
+            task = self.task(views, temperature, designed)
+            with torch.no_grad():
+                hidden = task.trunk()
+            found.append(average(pre_gradient(task, hidden, parameters)))
+        change = list(torch._foreach_sub(*found))
+        return alignment(change, g_held) / alignment(change, self.direction).abs().clamp_min(1e-20)
 
     def state_before(self, step: int) -> dict[str, Any]:
         """`state_dict` as it was when the present learner step, `step`, began: to compute that step again."""
