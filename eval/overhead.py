@@ -46,7 +46,7 @@ from dino_value.eval.benchmarks.timing import (
 from dino_value.feedback import downstream_gradient
 from dino_value.process import use_bfloat16
 from dino_value.steer import Steer
-from dino_value.steps import SSLTask, make_views
+from dino_value.steps import SSLTask, constant, evaluating, make_views
 from dino_value.train import Run
 from dino_value.value import (
     DIRECTIONS,
@@ -62,6 +62,7 @@ from dino_value.value import (
 
 PERIODS = (1, 2, 4, 8, 16)
 STRIDES = (1, 4)
+LOOKAHEADS = (8, 16, 32)
 DIFFERENCE, REFERENCE = "finite_difference", "double_backward"
 
 
@@ -214,6 +215,7 @@ class Vision:
         )
         self.designers = {stride: self._steer(run) for stride, run in sorted(strides.items())}
         self.weighted = Run(open_run("designer=weights"))
+        self.moved = Run(open_run("designer=targets", "value.direction=lookahead", "feedback.lag_every=0"))
 
     @staticmethod
     def _steer(run: Run) -> Steer:
@@ -228,6 +230,8 @@ class Vision:
                 for stride, steer in self.designers.items()
             ),
             Case("value weights", self._weights()),
+            Case("moved targets", self._moved()),
+            *(Case(f"lookahead, m = {steps}", functools.partial(self._lookahead, steps)) for steps in LOOKAHEADS),
             *(Case(f"value update, {name}", functools.partial(self._update, name)) for name in (DIFFERENCE, REFERENCE)),
             *engine_cases(self._problem(), {name: ENGINES[name] for name in (DIFFERENCE, REFERENCE)}),
         ]
@@ -239,6 +243,9 @@ class Vision:
             *(Target(f"value update, {name}", "learner step") for name in (DIFFERENCE, REFERENCE)),
             *(Target(f"designed views, stride {stride}", "learner step", 0.03) for stride in self.designers),
             Target("value weights", "learner step", 0.10),
+            Target("moved targets", "learner step", 0.10),
+            # every m steps, a tenth of a step each
+            *(Target(f"lookahead, m = {steps}", "learner step", 0.10 * steps) for steps in LOOKAHEADS),
         ]
 
     def cycle(self, period: int, clock: str = "wall") -> float:
@@ -274,6 +281,33 @@ class Vision:
                 steer.term_weights(states, targets, None)
 
         return lambda: work
+
+    def _moved(self) -> Callable[[], Callable[[], object]]:
+        """What `designer=targets` adds to a learner step, from states, predictions and targets that it has made."""
+        run, steer = self.moved, self._steer(self.moved)
+        with run.autocast():
+            steer.update(0, self.temperature)
+        with run.autocast(), torch.no_grad():
+            targets, _ = run.loss.teach(run.teacher, self.views.large, self.temperature, None)
+            states = run.loss.states(run.student, self.views, steer.scope.start, None)
+            predictions = run.loss.predict(run.student, states, steer.scope.start, None)
+
+        def work() -> None:
+            with run.autocast():
+                steer.moved_targets(states, predictions, targets, None, 0)
+
+        return lambda: work
+
+    def _lookahead(self, steps: int) -> Callable[[], object]:
+        """A lookahead of so many steps, and nothing else of an update."""
+        run, steer = self.moved, self._steer(self.moved)
+
+        def work() -> None:
+            run.config.value.lookahead.steps = steps
+            with constant(run.student), evaluating(run.student), run.autocast():
+                steer.downstream()
+
+        return work
 
     def _update(self, name: str) -> Callable[[], object]:
         """All of an update: heads, g_down, the value step, φ's optimizer."""
