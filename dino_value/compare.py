@@ -433,8 +433,8 @@ def write_page(
     notes: Sequence[str] = (),
 ) -> Path:
     """report.html, and its pictures: the tables, the claims, curves, masks and features of the first seed."""
-    from dino_value.gallery import masked, patch_map
-    from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure
+    from dino_value.gallery import masked, moved, patch_map
+    from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure, targets_figure
     from dino_value.report.page import Report, Section, write_report
     from dino_value.run_report import pictures_figure
 
@@ -449,6 +449,9 @@ def write_page(
         if drawn:
             masks, views = ({arm: found[part] for arm, found in drawn.items()} for part in (0, 1))
             figures.append(masks_figure(images, masks, views))
+        maps = {arm: found for arm, folders in runs.items() if (found := moved(folders[0], images)) is not None}
+        if maps:
+            figures.append(targets_figure(images, maps))
         backbones = {STEP0: start_backbone(first), **{arm: load_backbone(folders[0]) for arm, folders in runs.items()}}
         few = dict(list(backbones.items())[:PCA_ARMS])
         figures.append(pca_figure(images, {arm: patch_map(backbone, images) for arm, backbone in few.items()}))

@@ -18,7 +18,10 @@ from dino_value.data.labelled import LabelledDataset
 from dino_value.data.layouts import open_labelled
 from dino_value.designers import fill_in, learned_views
 from dino_value.label_kinds import KINDS
+from dino_value.objectives.ibot import Masks
+from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.steer import Steer
+from dino_value.steps import Views, evaluating
 
 SHOWN = 6  # images
 
@@ -62,6 +65,40 @@ def designed(config: Config, steer: Steer | None, images: Tensor) -> tuple[Tenso
         fill = fill_in(plain, d.fill, d.blur_sigma, torch.Generator().manual_seed(0))
     views = learned_views(plain, masks, fill)
     return masks.cpu(), (views * 255).to(torch.uint8).cpu()
+
+
+def moved(run_folder: Path, images: Tensor) -> Tensor | None:
+    """`target_map` of a run in its folder, by its newest checkpoint."""
+    from dino_value.train import Run
+
+    config = load_config(run_folder / "config.yaml")
+    if not (config.designs and config.designer.moves_targets):
+        return None
+    run = Run(config)
+    run.load_state_dict(load_checkpoint(run_folder))
+    assert run.steer is not None
+    return target_map(run.steer, run.teacher_temperature(), images)
+
+
+@torch.no_grad()
+def target_map(steer: Steer, temperature: float, images: Tensor) -> Tensor | None:
+    """KL(q′‖q) in nats of each patch's target, [n h w], over whole images uint8 [n 3 H W] that hide nothing; None where
+    no patch has a target of its own (iBOT's), or nothing moves it."""
+    loss, student = steer.loss, steer.student
+    if not isinstance(loss, SelfDistillation) or loss.ibot is None or not steer.steers:
+        return None
+    views = student.backbone.normalise(images.to(steer.device))
+    large, size = torch.cat([views, views]), student.backbone.patch_size
+    grid = (large.shape[-2] // size, large.shape[-1] // size)
+    draw = Masks.all(len(large), grid[0] * grid[1]).to(large.device)
+    with evaluating(student):
+        targets, _ = loss.teach(steer.teacher, large, temperature, draw)
+        states = loss.states(student, Views(large, large[:0]), steer.scope.start, draw)
+        said = loss.predict(student, states, steer.scope.start, draw)
+        changed = steer.moved(states, said, targets, draw, seed=0)["ibot"]
+    q, tiny = targets["ibot"], torch.finfo(targets["ibot"].dtype).tiny
+    spent = (changed * (changed.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum(-1)
+    return spent.view(len(large), *grid)[: len(images)].clamp_min(0).cpu()
 
 
 def mask_pictures(config: Config, steer: Steer | None) -> dict[str, NDArray[np.uint8]]:

@@ -17,11 +17,18 @@ from yaml import YAMLError
 from dino_value.backbones import WEIGHTS_NAME, load_backbone
 from dino_value.config import Config, load_config
 from dino_value.errors import UserError
-from dino_value.gallery import SHOWN, held_out_images, masked, patch_map
+from dino_value.gallery import SHOWN, held_out_images, masked, moved, patch_map
 from dino_value.language.config import LanguageConfig, load_language_config
 from dino_value.pareto import DEFAULT, Axis, draw, find_points, pareto
 from dino_value.report.drawing import Figure, Panel
-from dino_value.report.figures import curves_figure, masks_figure, pca_figure, probe_figure, results_figure
+from dino_value.report.figures import (
+    curves_figure,
+    masks_figure,
+    pca_figure,
+    probe_figure,
+    results_figure,
+    targets_figure,
+)
 from dino_value.report.history import efficiency_figure, mask_history_figure, probe_history_figure, spent
 from dino_value.report.page import Report, Table, write_report
 from dino_value.track import read_metrics
@@ -36,8 +43,10 @@ CURVES = (
     "mask_mean",
     "alpha",
     "held_cosine_designed",
+    "moved_value",
     "loss_seg",
     "loss_depth",
+    "loss_classes",
     "rankme",
     "knn_top1",
     "teacher_entropy",
@@ -160,6 +169,9 @@ def _galleries(arms: Mapping[str, Sequence[Path]], images: Tensor) -> list[Figur
         few = 4  # rows: the pictures of one moment are small enough already
         shown = {arm: {step: masks[:few] for step, masks in moments.items()} for arm, moments in history.items()}
         figures.append(mask_history_figure(images[:few], shown))
+    maps = {arm: found for arm, run in finished.items() if (found := moved(run, images)) is not None}
+    if maps:
+        figures.append(targets_figure(images, maps))
     if finished:
         features = {arm: patch_map(load_backbone(run), images) for arm, run in finished.items()}
         figures.append(pca_figure(images, features))

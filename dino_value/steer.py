@@ -180,7 +180,7 @@ class Steer:
         Args:
             predictions: the learner's own, from `states`.
         """
-        if not self.config.designer.moves_targets or not self._steers:
+        if not self.steers:
             return targets
         moved, mover = self._move(states, predictions, targets, draw, self._noise_key(step))
         if mover is None:
@@ -196,10 +196,15 @@ class Steer:
     def _noise_key(self, number: int) -> int:
         return key(self.config.seed, "noise", number, self.part.rank)
 
+    def moved(self, states: Sequence[State], predictions: Parts, targets: Parts, draw: Draw, seed: int) -> Parts:
+        """`moved_targets`, and nothing is logged."""
+        return self._move(states, predictions, targets, draw, seed)[0] if self.steers else targets
+
     @property
-    def _steers(self) -> bool:
-        """Is there something to move targets by?"""
-        return self.direction is not None or self.config.designer.closed_form is None
+    def steers(self) -> bool:
+        """Are targets moved, and is there something to move them by?"""
+        followed = self.direction is not None or self.config.designer.closed_form is None
+        return self.config.designer.moves_targets and followed
 
     def _along(self, terms: Parts, draw: Draw) -> Tensor:
         """The loss's total of terms, of those parts alone that have targets."""
@@ -454,8 +459,8 @@ class Steer:
         task = self._task(views, temperature, designer, seed)
         if designed and self.config.designer.closed_form == "weights" and self.direction is not None:
             task.weigh = lambda *arguments: self._weights(*arguments)[0]
-        if designed and self.config.designer.moves_targets and self._steers:
-            task.move = lambda *arguments: self._move(*arguments, task.seed)[0]
+        if designed and self.steers:
+            task.move = lambda *arguments: self.moved(*arguments, task.seed)
         return task
 
     def _task(

@@ -38,6 +38,12 @@ class Masks(NamedTuple):
         share = 1 / hidden.sum(-1, keepdim=True).clamp_min(1)
         return cls(hidden, hidden.flatten().nonzero().flatten(), share.expand_as(hidden)[hidden])
 
+    @classmethod
+    def all(cls, images: int, patches: int) -> Masks:
+        """Every patch is asked for, and none is hidden: to look at them."""
+        hidden = torch.zeros(images, patches, dtype=torch.bool)
+        return cls(hidden, torch.arange(hidden.numel()), torch.full((hidden.numel(),), 1 / patches))
+
     def to(self, device: torch.device | str) -> Masks:
         return Masks(*(tensor.to(device, non_blocking=True) for tensor in self))
 

@@ -352,6 +352,53 @@ def _masks_png(arm: str, images: Images, masks: Array, views: Images) -> bytes:
     return to_png(figure)
 
 
+def targets_figure(images: ArrayLike, maps: Mapping[str, ArrayLike]) -> Figure:
+    """A panel an arm that moves targets: image, and how far the target of each patch has gone; a row an image.
+
+    ``images``: uint8 [n 3 h w]. ``maps``: arm -> KL(q′‖q) in nats [n rows columns]; one scale for all arms. Raises
+    ValueError when the shapes do not fit.
+    """
+    originals = to_images("images", images)
+    values = {arm: np.asarray(maps[arm], dtype=np.float64) for arm in order_arms(maps)}
+    top = max((float(value.max()) for value in values.values()), default=0.0) or 1.0
+    panels = []
+    for arm, value in values.items():
+        if value.ndim != 3 or len(value) != len(originals):
+            raise ValueError(f"{arm}: maps {value.shape} do not fit {len(originals)} images")
+        alt = (
+            f"{len(originals)} images, and how far {arm_label(arm)} moves each patch's target: {value.mean():.2f} nats."
+        )
+        panels.append(Panel(arm, _maps_png(arm, originals, value, top), alt))
+    caption = (
+        "Left: the image; right: KL(q′‖q) of each patch's target over it, with its mean in nats: bright patches are "
+        "asked for something else than the teacher says."
+    )
+    return Figure("targets", "What the student is asked for", caption, panels)
+
+
+def _maps_png(arm: str, images: Images, maps: Array, top: float) -> bytes:
+    figure, cells = new_cells(len(images), ["image", "target moved"], above=0.52, below=0.42)
+    shade = colormaps[MASK_COLOURS]
+    for row, (image, values) in enumerate(zip(images, maps, strict=True)):
+        cells[row][0].imshow(image)
+        places = [np.arange(side) * count // side for side, count in zip(image.shape[:2], values.shape, strict=True)]
+        grey = image.mean(axis=-1, keepdims=True) / 255
+        cells[row][1].imshow((0.35 * grey + 0.65 * shade(values[np.ix_(*places)] / top)[..., :3]).clip(0, 1))
+        cells[row][1].text(
+            0.03, 0.03, f"{values.mean():.2f}", transform=cells[row][1].transAxes, fontsize=9, color=INK,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+        )  # fmt: skip
+    height = figure.get_figheight()
+    bar = figure.add_axes((0.36, 0.26 / height, 0.28, 0.1 / height))
+    figure.colorbar(ScalarMappable(cmap=shade), cax=bar, orientation="horizontal", ticks=[0, 1])
+    bar.set_xticks([0, 1], ["0", f"{top:.2g} nats"], fontsize=9)
+    bar.tick_params(length=0, pad=2)
+    figure.text(
+        0.01, 1 - 0.02 / height, arm_label(arm), fontsize=12, weight="bold", va="top", color=style_of(arm).colour
+    )  # fmt: skip
+    return to_png(figure)
+
+
 def pca_rgb(features: ArrayLike, reference: ArrayLike | None = None) -> Array:
     """First three principal components of patch features [n h w d] as colours [n h w 3] in [0, 1].
 
