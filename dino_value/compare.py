@@ -31,6 +31,7 @@ from dino_value.backbones import WEIGHTS_NAME, Backbone, create_backbone, load_b
 from dino_value.config import Config, load_config, packaged
 from dino_value.data.labelled import Kept, LabelledDataset, Split
 from dino_value.data.layouts import Layout, open_labelled
+from dino_value.data.sampling import end_with
 from dino_value.errors import UserError
 from dino_value.eval import EVALUATIONS
 from dino_value.files import write_json
@@ -257,11 +258,13 @@ def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int, q
 
 
 def _processes(jobs: int) -> ProcessPoolExecutor:
-    """That start anew: torch's threads and CUDA do not survive a fork."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _limit_threads, (jobs,))
+    """That start anew: torch's threads and CUDA do not survive a fork. They end with this process, however it ends."""
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (jobs, os.getpid()))
 
 
-def _limit_threads(jobs: int) -> None:
+def _begin(jobs: int, parent: int) -> None:
+    """What a process of several begins with: its share of the threads."""
+    end_with(parent)
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +167,21 @@ def test_packaged_comparisons_are_valid(name: str) -> None:
     assert isinstance(spec, Spec)
     for arm in spec.arms:
         config_of(spec, arm, 0)
+
+
+def test_runs_end_with_a_comparison_that_is_killed() -> None:
+    """Their processes would go on training for nobody."""
+    program = (
+        "import os, time\n"
+        "from dino_value.compare import _processes\n"
+        "if __name__ == '__main__':\n"
+        "    pool = _processes(1)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    pool.submit(time.sleep, 600).result()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        watched = os.pidfd_open(worker)
+        parent.kill()
+    assert select.select([watched], [], [], 60)[0], "it still runs"

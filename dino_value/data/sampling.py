@@ -125,7 +125,13 @@ def _end() -> None:
 
 
 def _follow(process: int, worker: int) -> None:
-    """Have this loader process end when the training process does, whatever ended it.
+    """What a loader process begins with: it is deaf to signals, and ends with the training process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a server that was there before us listens, and so its forks
+    end_with(process)
+
+
+def end_with(process: int) -> None:
+    """Have this process end when `process` does, whatever ended it.
 
     torch's loaders watch their parent, which is the server here: it lives until the last of them has gone, and after a
     kill -9 they would wait for each other for ever.
@@ -136,7 +142,6 @@ def _follow(process: int, worker: int) -> None:
             select.select([os.pidfd_open(process)], [], [])
         os._exit(1)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a server that was there before us listens, and so its forks
     threading.Thread(target=wait, daemon=True).start()
 
 
