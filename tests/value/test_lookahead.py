@@ -155,7 +155,8 @@ def test_the_losses_before_and_after_are_of_the_first_batch() -> None:
     torch.testing.assert_close(shadow.after, problem.loss(0)(there).detach())
     assert shadow.before.ndim == shadow.after.ndim == 0
     assert shadow.after < shadow.before
-    assert not (shadow.before.requires_grad or shadow.after.requires_grad)
+    assert not (shadow.before.requires_grad)
+    assert not (shadow.after.requires_grad)
 
 
 def test_it_trains_inside_no_grad_too() -> None:
