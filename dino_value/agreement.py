@@ -1,7 +1,7 @@
 """Is a direction worth following? Measured at a start, before a run: `dino-value probe CONFIG … --agreement`.
 
-Two directions are made independently, from disjoint halves of the head-train labels and heads of their own, and a third
-from the second half with shuffled labels. What reaches the learner of a direction u is not u but what moved targets (or
+Two directions are made independently, from disjoint halves of the labels and heads of their own, and a third from the
+second half with shuffled labels. What reaches the learner of a direction u is not u but what moved targets (or
 another designer) make of it on unlabeled images: the change of g_pre, written C u (to first order s·C u with C the
 Fisher information where q = p). A direction is *reproducible* if the two changes agree, and *the labels' own* if they
 agree more with each other than with that of shuffled labels.
@@ -18,7 +18,7 @@ import torch
 from dino_value.data.sampling import key
 from dino_value.errors import UserError
 from dino_value.feedback import FeedbackTask, fit_head
-from dino_value.steer import Steer, evaluating
+from dino_value.steer import Steer, evaluating, refusing
 from dino_value.steps import constant, make_views
 from dino_value.train import Run
 from dino_value.value import Gradient, alignment, mean_gradient, pre_gradient
@@ -45,10 +45,11 @@ def direction_agreement(run: Run, pairs: int = 1, batches: int = 2) -> dict[str,
         UserError: no designer that follows a direction, or too few labels for two halves.
     """
     steer, config = run.steer, run.config
-    if steer is None or not (config.designs and config.follows):
+    follows = config.designer.closed_form in ("targets", "weights") and config.value.direction != "random"
+    if steer is None or not (config.method == "value" and follows):
         raise UserError(
             "--agreement measures what a closed form makes of a direction: choose designer.name=targets (or weights), "
-            "method=value"
+            "method=value, and a value.direction that is not random"
         )
     rows: list[dict[str, float]] = []
     with constant(run.student), evaluating(run.student):
@@ -91,54 +92,67 @@ def _pair(run: Run, steer: Steer, number: int, batches: int) -> dict[str, float]
 
 
 def _half(task: FeedbackTask, seed: int, half: int, dim: int, shuffle: bool = False) -> FeedbackTask:
-    """The task on one of two halves of its head-train images, groups of images kept together."""
-    groups = sorted({task.source.group(index) for index in task.train_indices})
+    """The task on one of two halves of its images, groups of images kept together."""
+    config = task.config
+    train, meta = (_of_groups(task, indices, seed, half) for indices in (task.train_indices, task.meta_indices))
+    ahead = config.value.direction == "lookahead"  # which has no use for meta images
+    for name, part, least in (("train", train, config.feedback.batch_size), ("meta", meta, 0 if ahead else 1)):
+        if len(part) < least:
+            every = {"train": task.train_indices, "meta": task.meta_indices}[name]
+            raise UserError(
+                f"feedback.{task.kind}.{name}={len(every)}: half of it, {len(part)}, is less than {least} for one "
+                "batch; give more labels, or a smaller feedback.batch_size"
+            )
+    return task.on(train, task.meta_indices if ahead else meta, dim, key(seed, half, shuffle), shuffle)
+
+
+def _of_groups(task: FeedbackTask, indices: Sequence[int], seed: int, half: int) -> list[int]:
+    groups = sorted({task.source.group(index) for index in indices})
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = {groups[place] for place in order[half::2]}
-    indices = [index for index in task.train_indices if task.source.group(index) in chosen]
-    if len(indices) < task.config.feedback.batch_size:
-        raise UserError(
-            f"feedback.{task.kind}.train={len(task.train_indices)}: half of it is less than feedback.batch_size="
-            f"{task.config.feedback.batch_size}; give more labels, or a smaller batch"
-        )
-    return task.on(indices, dim, key(seed, half, shuffle), shuffle)
+    return [index for index in indices if task.source.group(index) in chosen]
 
 
 def _direction(run: Run, steer: Steer, tasks: Sequence[FeedbackTask], number: int) -> Gradient:
     """u of these tasks, as an update makes it; heads fitted first as before the first update."""
-    own, steer.feedback = steer.feedback, list(tasks)
+    own, kept = steer.feedback, steer.direction
+    steer.feedback = list(tasks)
     try:
         for task in tasks:
             for _ in range(run.config.feedback.warmup + run.config.feedback.updates):
                 fit_head(task, run.student.backbone, run.device, run.guard)
         with run.autocast():
-            g_down, _, _ = steer.downstream()
-        return g_down
+            u, _, _ = steer.downstream()
+        if run.config.value.direction in ("cosine", "adam"):  # which read g_pre
+            with refusing("value.direction"):
+                u = steer._direction({})(u, _g_pre(run, steer, "agreement, direction", number, designed=False))
+        return u
     finally:
-        steer.feedback = own
+        steer.feedback, steer.direction = own, kept
 
 
 def _changes(run: Run, steer: Steer, u: Gradient, number: int, batches: int) -> Iterator[Gradient]:
     """g_pre as the designer makes it along u, less g_pre without it; one for each unlabeled batch."""
     kept, steer.direction = steer.direction, u
-    parameters = steer.scope.parameters(run.student.backbone)
+    count = max(2, batches)
     try:
-        for batch in range(max(2, batches)):
-            place = number * batches + batch
-            crops = run.stream.batch(place)
-            views = make_views(
-                run.student.backbone, crops, run.config.views, run.device, run.config.seed, "agreement", place
-            )
-            found = []
-            for designed in (True, False):
-                with run.autocast():
-                    task = steer.task(views, run.teacher_temperature(), designed, seed=place)
-                    with torch.no_grad():
-                        hidden = task.trunk()
-                    found.append(pre_gradient(task, hidden, parameters))
+        for place in range(number * count, (number + 1) * count):
+            found = [_g_pre(run, steer, "agreement", place, designed) for designed in (True, False)]
             yield list(torch._foreach_sub(*found))
     finally:
         steer.direction = kept
+
+
+def _g_pre(run: Run, steer: Steer, name: str, place: int, designed: bool) -> Gradient:
+    """On unlabeled batch `place`, as the designer makes it or plain."""
+    backbone = run.student.backbone
+    crops = run.stream.batch(place)
+    views = make_views(backbone, crops, run.config.views, run.device, run.config.seed, name, place)
+    with run.autocast():
+        task = steer.task(views, run.teacher_temperature(), designed, seed=place)
+        with torch.no_grad():
+            hidden = task.trunk()
+        return pre_gradient(task, hidden, steer.scope.parameters(backbone))
 
 
 def _mean(values: Sequence[float]) -> float:

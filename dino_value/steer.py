@@ -123,8 +123,9 @@ class Steer:
         self.engine_name: str | None = None if config.value.engine == "auto" else config.value.engine
         self.radius = config.value.radius or 1.0
         self.direction: Gradient | None = None  # the last u, which the closed forms follow between updates
-        # Of the random arm: noise that is renewed, and averaged, as g_down is.
-        self.noise = GradientAverage(config.feedback.ema) if config.feedback.ema else None
+        # Of the random arm: noise that is renewed, and averaged, as g_down is; a lookahead is not averaged.
+        averaged = config.feedback.ema and config.value.direction != "lookahead"
+        self.noise = GradientAverage(config.feedback.ema) if averaged else None
         self.clip_scale = torch.ones((), device=device)  # what clipping left of the learner's last gradient
         self.notes: list[str] = []  # for the log
         self._before: tuple[int, dict[str, Any]] = (-1, {})
@@ -179,7 +180,7 @@ class Steer:
         Args:
             predictions: the learner's own, from `states`.
         """
-        if not self.config.designer.moves_targets or not self._steers:
+        if not self.config.designer.moves_targets or not self._steers or step < self.config.value.burn_in:
             return targets
         moved, mover = self._move(states, predictions, targets, draw, self._noise_key(step))
         if mover is None:
@@ -315,7 +316,10 @@ class Steer:
         task = self._task(views, temperature, self.designer)
         parameters = self.scope.parameters(backbone)
         if number == 0:
-            self._check(views, temperature, parameters, gradients or {"lookahead": g_down}, g_down)
+            checked = {f"feedback.{kind}": gradient for kind, gradient in gradients.items()}
+            if config.value.direction == "lookahead":
+                checked["value.lookahead"] = g_down
+            self._check(views, temperature, parameters, checked, g_down)
 
         with torch.set_grad_enabled(self.designer_optimizer is not None):
             hidden = task.trunk()
@@ -466,13 +470,14 @@ class Steer:
         gradients: dict[str, Gradient],
         g_down: Gradient,
     ) -> None:
-        """Before the first update: is each g_down usable, and the engine exact enough on a few images?
+        """Before the first update: is each gradient usable, by the setting that made it, and the engine exact enough on
+        a few images?
 
         Raises:
             UserError: no.
         """
-        for kind, gradient in gradients.items():
-            with refusing(f"feedback.{kind}"):
+        for name, gradient in gradients.items():
+            with refusing(name):
                 check_start(gradient)
         if self.designer is None or self.designer_optimizer is None:
             return

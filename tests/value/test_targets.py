@@ -35,7 +35,8 @@ def most_divergence(q: Tensor, delta: Tensor, relative: bool = False) -> float:
     """What the largest strength costs, in float64; a relative one is in standard deviations of Δ."""
     q, delta = q.double(), delta.double()
     mean = (q * delta).sum(-1, keepdim=True)
-    largest = LARGEST / float((q * (delta - mean).square()).sum(-1).mean().sqrt()) if relative else LARGEST
+    deviation = float((q * (delta - mean).square()).sum(-1).mean().sqrt())
+    largest = LARGEST / max(deviation, 1e-18) if relative else LARGEST
     peak = delta.where(q > 0, -math.inf).amax(-1, keepdim=True)
     return float(divergence(tilt(q, (delta - peak).where(q > 0, 0), largest), q).mean())
 
