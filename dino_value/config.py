@@ -662,6 +662,11 @@ def _check_direction(config: Config) -> None:
             "optimizer, and those of its first steps point along a few coordinates alone (docs/value.md); set "
             f"value.burn_in to {ADAM_BURN_IN} or more"
         )
+    if v.direction == "adam" and config.method == "oracle":
+        raise UserError(
+            "method=oracle with value.direction=adam: the direction reads what the learner's optimizer remembers of "
+            "self-supervised steps, and the oracle takes none; choose value.direction=dot or lookahead"
+        )
     if v.direction == "lookahead" and v.combine != "weights" and config.needs_labels:
         raise UserError(
             f"value.combine={v.combine} combines gradients of single tasks, and value.direction=lookahead trains on "

@@ -1,5 +1,8 @@
 """What the command line turns into one line and an exit code."""
 
+import contextlib
+from collections.abc import Iterator
+
 EXIT_DONE = 0
 EXIT_LOST = 1  # another process of the group is gone
 EXIT_USER = 2
@@ -18,3 +21,12 @@ class ProcessLost(Exception):
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved everything it needs to go on."""
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """The core's errors as the user's, with the part of the configuration that they are about."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{name}: {error}") from None

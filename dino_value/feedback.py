@@ -55,15 +55,16 @@ class FeedbackTask:
         if config.feedback.shuffle:
             source = Shuffled(source, key(config.seed, "shuffle", kind))
         self.images, self.settings, self.config, self.device = source, settings, config, device
-        self.meta_stream = self._stream("meta", self.meta_indices)
-        self.meta = Cursor(self.meta_stream)
         self.held = Cursor(self._stream("held", self.held_indices)) if self.held_indices else None
-        self.refreshed = Refreshed(config.feedback.refresh) if config.feedback.refresh else None
-        self.average = GradientAverage(config.feedback.ema) if config.feedback.ema else None
         self._begin(dim)
 
     def _begin(self, dim: int) -> None:
-        """A new head, and its stream from the start."""
+        """A new head, and head-train and meta streams from the start: nothing is remembered of a gradient."""
+        feedback = self.config.feedback
+        self.meta_stream = self._stream("meta", self.meta_indices)
+        self.meta = Cursor(self.meta_stream)
+        self.refreshed = Refreshed(feedback.refresh) if feedback.refresh else None
+        self.average = GradientAverage(feedback.ema) if feedback.ema else None
         self.train_stream = self._stream("train", self.train_indices)
         self.train = Cursor(self.train_stream)
         self.head = build_head(f"{self.kind}_{self.settings.head}", dim, self.source.num_classes)
@@ -74,7 +75,7 @@ class FeedbackTask:
             if (depths > 0).any():
                 self.head.start_at(float(depths[depths > 0].mean()))
         self.head.to(self.device)
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=self.config.feedback.lr, fused=True)
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=feedback.lr, fused=True)
 
     def _stream(self, name: str, indices: list[int]) -> Stream:
         f = self.config.feedback
@@ -84,10 +85,10 @@ class FeedbackTask:
         workers = 0 if self.config.data.in_memory else min(1, self.config.data.workers)
         return Stream(data, batch, self.seed, f"feedback {self.kind} {name}", workers, own_part())
 
-    def on(self, indices: Sequence[int], dim: int, seed: int, shuffle: bool = False) -> FeedbackTask:
-        """The same task on other head-train images, with a head and an order of its own; for measurements."""
+    def on(self, train: Sequence[int], meta: Sequence[int], dim: int, seed: int, shuffle: bool = False) -> FeedbackTask:
+        """The same task on other images, with a head, an order and a memory of its own; for measurements."""
         other = copy.copy(self)
-        other.train_indices, other.seed = list(indices), seed
+        other.train_indices, other.meta_indices, other.seed = list(train), list(meta), seed
         if shuffle:
             other.images = Shuffled(self.images, key(seed, "shuffle", self.kind))
         with torch.random.fork_rng(devices=[]):

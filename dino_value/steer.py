@@ -6,9 +6,8 @@ method sections 2 and 8), or one of each (`unet+targets`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from dino_value.config import Config, packaged
 from dino_value.data.sampling import Cursor, Source, Stream, generator, key
 from dino_value.designers import DESIGNERS, AttentionMasks, RandomMasks, sparsity, total_variation
 from dino_value.distributed import from_first, own_part
-from dino_value.errors import UserError
+from dino_value.errors import UserError, refusing
 from dino_value.feedback import downstream_gradient, fit_heads, head_lag, held_gradients, open_feedback
 from dino_value.lookahead import look_ahead
 from dino_value.objectives.collectives import alone
@@ -124,8 +123,9 @@ class Steer:
         self.engine_name: str | None = None if config.value.engine == "auto" else config.value.engine
         self.radius = config.value.radius or 1.0
         self.direction: Gradient | None = None  # the last u, which the closed forms follow between updates
-        # Of the random arm: noise that is renewed, and averaged, as g_down is.
-        self.noise = GradientAverage(config.feedback.ema) if config.feedback.ema else None
+        # Of the random arm: noise that is renewed, and averaged, as g_down is; a lookahead is not averaged.
+        averaged = config.feedback.ema and config.value.direction != "lookahead"
+        self.noise = GradientAverage(config.feedback.ema) if averaged else None
         self.clip_scale = torch.ones((), device=device)  # what clipping left of the learner's last gradient
         self.notes: list[str] = []  # for the log
         self._before: tuple[int, dict[str, Any]] = (-1, {})
@@ -180,7 +180,7 @@ class Steer:
         Args:
             predictions: the learner's own, from `states`.
         """
-        if not self.steers:
+        if not self.steers or step < self.config.value.burn_in:
             return targets
         moved, mover = self._move(states, predictions, targets, draw, self._noise_key(step))
         if mover is None:
@@ -315,14 +315,17 @@ class Steer:
             steps = config.feedback.updates + (config.feedback.warmup if number == 0 else 0)
             fit_heads(one, backbone, self.device, self.guard, steps)
         g_down, gradients, metrics = self.downstream()
-        direction = self._direction({kind: gradients[kind] for kind in self.guards})
+        direction = self.direction_of({kind: gradients[kind] for kind in self.guards})
         views = make_views(
             backbone, self.meta.next(), config.views, self.device, config.seed, "meta", number, self.part
         )
         task = self._task(views, temperature, self.designer)
         parameters = self.scope.parameters(backbone)
         if number == 0:
-            self._check(views, temperature, parameters, gradients or {"lookahead": g_down}, g_down)
+            checked = {f"feedback.{kind}": gradient for kind, gradient in gradients.items()}
+            if config.value.direction == "lookahead":
+                checked["value.lookahead"] = g_down
+            self._check(views, temperature, parameters, checked, g_down)
 
         with torch.set_grad_enabled(self.designer_optimizer is not None):
             hidden = task.trunk()
@@ -432,7 +435,7 @@ class Steer:
         noise = random_like(g_down, generator(self.config.seed, "random direction", number))
         return noise if self.noise is None else random_scaled(self.noise.update(noise), g_down)
 
-    def _direction(self, guarded: dict[str, Gradient]) -> Direction:
+    def direction_of(self, guarded: dict[str, Gradient]) -> Direction:
         """The configured direction, bent by the guards, and kept for the closed forms."""
         name = self.config.value.direction
         if name == "adam":
@@ -488,13 +491,14 @@ class Steer:
         gradients: dict[str, Gradient],
         g_down: Gradient,
     ) -> None:
-        """Before the first update: is each g_down usable, and the engine exact enough on a few images?
+        """Before the first update: is each gradient usable, by the setting that made it, and the engine exact enough on
+        a few images?
 
         Raises:
             UserError: no.
         """
-        for kind, gradient in gradients.items():
-            with refusing(f"feedback.{kind}"):
+        for name, gradient in gradients.items():
+            with refusing(name):
                 check_start(gradient)
         if self.designer is None or self.designer_optimizer is None:
             return
@@ -638,15 +642,6 @@ def detached(state: State) -> State:
 def full(state: State) -> State:
     """In float32: differences do not survive bfloat16."""
     return state.float() if isinstance(state, Tensor) else state.full()
-
-
-@contextlib.contextmanager
-def refusing(name: str) -> Iterator[None]:
-    """The core's errors as the user's, with the part of the configuration that they are about."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def not_finite(step: int, terms: str, stream: Stream, batch: int) -> str:

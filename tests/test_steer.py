@@ -180,12 +180,10 @@ def test_an_averaged_g_down_is_the_moving_average_of_meta_batches(tiny: Make) ->
 def test_a_guard_bends_the_direction_once_its_value_is_negative(tiny: Make) -> None:
     run = Run(tiny("feedback.depth.guard=true", "value.guard_rate=5", "designer=weights"))
     assert run.steer is not None
-    gradients = {
-        task.kind: downstream_gradient(task, run.student.backbone, run.steer.scope, run.device)[0]
-        for task in run.steer.feedback
-    }
-    assert all(map(torch.equal, run.steer._g_down(gradients), gradients["seg"]))  # a guard is no target
-    direction = run.steer._direction({"depth": gradients["depth"]})
+    g_down, gradients, _ = run.steer.downstream()
+    assert gradients.keys() == {"seg", "depth"}
+    assert all(map(torch.equal, g_down, gradients["seg"]))  # a guard is no target
+    direction = run.steer.direction_of({"depth": gradients["depth"]})
     against = [-part for part in gradients["depth"]]
     before = direction(gradients["seg"], against)
     assert all(map(torch.equal, before, gradients["seg"]))
@@ -260,7 +258,7 @@ def test_a_name_is_short_for_a_designer(tiny_yaml: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["value.direction=adam"], r"set value\.burn_in to 1 or more"),
+        (["value.direction=adam", "value.burn_in=19"], r"set value\.burn_in to 20 or more"),
         (["value.diagnose=2"], r"give feedback\.seg\.held=N"),
         (["designer=best_of_n", "views.local_count=0"], r"set views\.local_count to 1 or more"),
         (["designer.temperature=0"], r"designer\.temperature=0\.0: must be above 0"),

@@ -143,10 +143,9 @@ RESUMED = {
         "feedback.ema=0.5",
         "value.direction=cosine",
     ],
-    "masks and best of n, Adam, a guard": [
+    "masks and best of n, a guard": [
         "designer.name=unet+best_of_n",
         "designer.candidates=2",
-        "value.direction=adam",
         "value.burn_in=1",
         "feedback.depth.guard=true",
     ],

@@ -13,6 +13,7 @@ For a regression target y of unit variance the same is y′ = y + s·(f_{θ−u}
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -24,15 +25,19 @@ from dino_value.value.distributed import ranks, total
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-ROUNDS = 8
-"""Of the search for s: the last digit moves by less than a thousandth."""
+ROUNDS = 24
+"""Of the search for s, at most: three or four where KL grows as it does near s = 0, more where q is peaked."""
+NEAR = 0.999
+"""Share of the budget at which the search ends."""
 LARGEST = 1e6
-"""Of s, where Δ is so small that no s reaches the budget."""
+"""Of s (where it is relative, in standard deviations of Δ), where Δ is so small that no s reaches the budget."""
+_TINY = 1e-18
+"""Below every standard deviation of Δ that float32 can square."""
 
 
 def tilt(q: Tensor, delta: Tensor, strength: float | Tensor) -> Tensor:
-    """q′ ∝ q·exp(s·Δ), [… K], over the last dimension; q and Δ may broadcast. Where q is 0, so is q′ (to rounding)."""
-    return _tilted(_log(q), delta, strength)
+    """q′ ∝ q·exp(s·Δ), [… K], over the last dimension; q and Δ may broadcast. Where q is 0, so is q′."""
+    return _tilted(q.log(), delta, strength)
 
 
 class Mover:
@@ -86,29 +91,30 @@ class Mover:
             part: of the loss, for the record.
             valid: bool, broadcastable to the rows: the others count nowhere and are tilted alike.
         """
-        delta, log_q = delta * self.scale, _log(q)
+        delta, log_q = delta * self.scale, q.log()
         if valid is None:
             valid = torch.ones((), dtype=torch.bool, device=q.device)
         mean = (q * delta).sum(-1, keepdim=True)
-        centred = delta - mean  # the same tilt, and sums that do not cancel
-        variance = self._mean((q * centred.square()).sum(-1), valid)
-
+        variance = self._mean((q * (delta - mean).square()).sum(-1), valid)
+        # Δ against the row's largest: the same tilt, and however large s is, the largest keeps all of its digits.
+        peak = delta.where(q > 0, -math.inf).amax(-1, keepdim=True)
+        below = (delta - peak).where(q > 0, 0)
         base = log_q.logsumexp(-1)
 
         def spent(strength: Tensor) -> Tensor:
-            """KL(q′‖q) = s·E_{q′}[Δ] − log E_q[exp(s·Δ)]; rounding never makes it negative."""
-            exponents = log_q + strength * centred
+            """KL(q′‖q) = Σ q′·(s·Δ − log E_q[exp(s·Δ)]); rounding never makes it negative."""
+            exponents = log_q + strength * below
             partition = exponents.logsumexp(-1, keepdim=True)
-            mean = (exponents.sub_(partition).exp_() * centred).sum(-1)
-            return self._mean((strength * mean - partition[..., 0] + base).clamp_min(0), valid)
+            ratios = strength * below - partition
+            return self._mean(((exponents.sub_(partition).exp_() * ratios).sum(-1) + base).clamp_min(0), valid)
 
         self.spread[part] = variance.sqrt()
-        strength = self._strength(variance, spent)
-        moved = _tilted(log_q, centred, strength)
+        strength = self._strength(variance, self._mean(below.amin(-1).square(), valid), spent)
+        moved = _tilted(log_q, below, strength)
         self.strengths[part], self.spent[part] = strength, spent(strength)
         self.plain[part] = mean[..., 0]
-        self.moved[part] = (moved * centred).sum(-1) + mean[..., 0]
-        self.best[part] = delta.amax(-1)
+        self.moved[part] = (moved * below).sum(-1) + peak[..., 0]
+        self.best[part] = peak[..., 0]
         return moved
 
     @torch.no_grad()
@@ -121,22 +127,16 @@ class Mover:
         delta = delta * self.scale
         variance = self._mean(delta.square().sum(-1), torch.ones((), dtype=torch.bool, device=y.device))
         self.spread[part] = variance.sqrt()
-        strength = self._strength(variance, lambda s: s.square() * variance / 2)
+        strength = self._strength(variance, 4 * variance, lambda s: s.square() * variance / 2)
         self.strengths[part], self.spent[part] = strength, strength.square() * variance / 2
         moved = y + strength * delta
         self.plain[part], self.moved[part] = ((slope(target) * delta).sum(-1) for target in (y, moved))
         return moved
 
-    def _strength(self, variance: Tensor, spent: Callable[[Tensor], Tensor]) -> Tensor:
-        asked = None
-        if self.strength is not None:
-            asked = variance.new_tensor(self.strength)
-            if self.relative:
-                asked = asked / variance.sqrt().clamp_min(torch.finfo(variance.dtype).tiny)
-        if self.budget is None:
-            assert asked is not None
-            return asked
-        return within(self.budget, variance, spent, asked)
+    def _strength(self, variance: Tensor, spread: Tensor, spent: Callable[[Tensor], Tensor]) -> Tensor:
+        unit = 1 / variance.sqrt().clamp_min(_TINY) if self.relative else torch.ones_like(variance)
+        most = unit * (LARGEST if self.strength is None else min(self.strength, LARGEST))
+        return most if self.budget is None else within(self.budget, variance, spread, spent, most)
 
     def _mean(self, rows: Tensor, valid: Tensor) -> Tensor:
         """Over the valid rows of all ranks."""
@@ -147,31 +147,45 @@ class Mover:
         return sums[0] / sums[1].clamp_min(1)
 
 
-def within(budget: float, variance: Tensor, spent: Callable[[Tensor], Tensor], most: Tensor | None = None) -> Tensor:
-    """The largest s, to a thousandth, whose KL `spent(s)` is at or below `budget`; never one that is above.
+def within(budget: float, variance: Tensor, spread: Tensor, spent: Callable[[Tensor], Tensor], most: Tensor) -> Tensor:
+    """The largest s up to `most` whose KL `spent(s)` is at or below `budget`, to NEAR of it; never one that is above.
 
-    KL grows with s, near 0 as s²·variance/2: each round rescales s as if it always did, inside a bracket. Nothing waits
-    for the device. A KL that is not finite counts as above.
+    KL is the integral of s·Var over s, so it never falls, is s²·variance/2 near 0, and below s²·spread/8 everywhere:
+    that brackets the root, and logarithms of s and KL, nearly on a line, close in on it. Nothing waits for a GPU. A KL
+    that is not finite counts as above.
 
     Args:
-        most: an upper bound on s.
+        variance: of Δ under q, mean over rows.
+        spread: the square of Δ's range over a row, mean over rows.
     """
-    aim, tiny = budget * 0.9995, torch.finfo(variance.dtype).tiny
-    top = variance.new_tensor(LARGEST) if most is None else most.clamp_max(LARGEST)
-    low, high = torch.zeros_like(variance), top * 2
-    guess = (2 * aim / variance.clamp_min(tiny)).sqrt().minimum(top)
+    tiny = torch.finfo(variance.dtype).tiny
+    aim = budget * (1 + NEAR) / 2
+    low = (8 * aim / spread.clamp_min(tiny)).sqrt().minimum(most)
+    high = most
+    # log(KL/aim) at both ends; below, an estimate for the first line
+    under = (low.square() * variance.clamp_min(tiny) / 2 / aim).clamp_min(tiny).log()
+    over = torch.full_like(most, math.inf)
+    guess = (2 * aim / variance.clamp_min(tiny)).sqrt().minimum(most)
+    before = torch.zeros_like(most)
     for _ in range(ROUNDS):
         cost = spent(guess)
         fits = cost <= budget
-        low, high = torch.where(fits, guess, low), torch.where(fits, high, guess)
-        better = guess * (aim / cost.clamp_min(tiny)).sqrt()
-        inside = (better > low) & (better < high)
-        guess = torch.where(inside, better, (low + high) / 2).minimum(top)
+        done = fits & ((cost >= NEAR * budget) | (guess >= most))
+        ratio, side = (cost / aim).clamp_min(tiny).log(), torch.where(fits, 1.0, -1.0).to(most.dtype)
+        again = side == before  # an end that stays counts half: the line would close in from one side (Illinois)
+        low, high, before = torch.where(fits, guess, low), torch.where(fits, high, guess), side
+        under, over = (
+            torch.where(fits, ratio, torch.where(again, under / 2, under)),
+            torch.where(fits, torch.where(again, over / 2, over), ratio),
+        )
+        if not done.is_cuda and bool(done):
+            break
+        line = low * ((high / low).log() * under / (under - over)).exp()
+        further = (guess * torch.where(again & fits, 16.0, (-ratio / 2).exp())).minimum(most)
+        better = torch.where(over.isfinite(), line, further)
+        inside = (better > low) & ((better < high) | over.isinf())
+        guess = torch.where(done, guess, torch.where(inside, better, low.sqrt() * high.sqrt()))
     return low
-
-
-def _log(q: Tensor) -> Tensor:
-    return q.clamp_min(torch.finfo(q.dtype).tiny).log()
 
 
 def _tilted(log_q: Tensor, delta: Tensor, strength: float | Tensor) -> Tensor:
