@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dino_value.config import ScopeConfig, TrackConfig, load_structured
+from dino_value.config import ADAM_BURN_IN, ScopeConfig, TrackConfig, load_structured
 from dino_value.errors import UserError
 
 METHODS = ("value", "baseline", "random", "closed_form", "uniform", "self_distillation", "sft")
@@ -248,12 +248,20 @@ def check(config: LanguageConfig) -> LanguageConfig:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise UserError(f"optim.betas={list(config.optim.betas)}: must lie in [0, 1)")
     _check_domains(config)
-    if config.value.direction == "adam" and config.value.burn_in == 0 and config.method in STEERED:
-        raise UserError(
-            "value.direction=adam reads the state of the learner's optimizer, which is empty before the first step; "
-            "set value.burn_in to 1 or more"
-        )
+    _check_direction(config)
     return config
+
+
+def _check_direction(config: LanguageConfig) -> None:
+    v = config.value
+    if config.method not in STEERED:
+        return
+    if v.direction == "adam" and v.burn_in < ADAM_BURN_IN:
+        raise UserError(
+            f"value.direction=adam with value.burn_in={v.burn_in}: it reads the second moments of the learner's "
+            "optimizer, and those of its first steps point along a few coordinates alone (docs/language.md); set "
+            f"value.burn_in to {ADAM_BURN_IN} or more"
+        )
 
 
 def _check_domains(config: LanguageConfig) -> None:

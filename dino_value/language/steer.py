@@ -32,7 +32,6 @@ from dino_value.language.targets import (
     next_token,
     self_distillation,
     soft_targets,
-    tilted,
     uniform,
 )
 from dino_value.language.text import Encoder, Source, Tokens, open_source, read_examples
@@ -55,6 +54,7 @@ from dino_value.value import (
     random_like,
     score_loss,
     term_values,
+    tilt,
     value_step,
 )
 
@@ -293,7 +293,7 @@ class Steer:
                 values = (logits.softmax(1) * slope).sum(1, keepdim=True) - slope.gather(1, ids)
                 strength = logits.new_full((len(ids), 1), alpha)
                 base = soft_targets(strength, logits.gather(1, ids).softmax(1))
-                return ids, tilted(base, values, t.temperature * self.spread)
+                return ids, tilt(base, values, self.strength)
 
         return rule
 
@@ -386,8 +386,7 @@ class Steer:
         u = direction(g_down, g_pre)
         values = task.values_along(u, hidden, parameters)
         self.spread = (values - (values * hidden[0]).sum(1, keepdim=True) * len(values)).std().clamp_min(1e-20)
-        t = self.config.targets
-        q = tilted(hidden[0] * len(values), values, t.temperature * self.spread)
+        q = tilt(hidden[0] * len(values), values, self.strength)
         metrics |= ValueStep.of(g_down, g_pre)._asdict() | ValueMap(values, q).summary(1.0)
         return u
 
@@ -434,6 +433,11 @@ class Steer:
 
         gradient, _ = answer_gradient(learner, batch, self.config.targets.chunk, loss)
         return gradient, {"reward": scores.mean()}
+
+    @property
+    def strength(self) -> Tensor:
+        """s = 1/τ of the closed form, whose q ∝ q₀·exp(s·v) is of all targets the one of highest Σ q v − KL(q‖q₀)/s."""
+        return 1 / (self.config.targets.temperature * self.spread)
 
     def current_direction(self) -> Direction:
         if self.config.value.direction != "adam":
