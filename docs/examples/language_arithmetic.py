@@ -49,10 +49,10 @@ _AHEAD = [*_CLOSED, "value.direction=lookahead", "value.lookahead.batches=1"]
 LOOKAHEAD: dict[str, list[str]] = {
     "baseline": ["method=baseline"],
     "dot": _CLOSED,
-    "dot, shuffled": [*_CLOSED, "feedback.shuffle=true"],
+    "dot_shuffled": [*_CLOSED, "feedback.shuffle=true"],
     "lookahead": _AHEAD,
-    "lookahead, shuffled": [*_AHEAD, "feedback.shuffle=true"],
-    "lookahead, contrast": [*_AHEAD, "value.lookahead.contrast=true"],
+    "lookahead_shuffled": [*_AHEAD, "feedback.shuffle=true"],
+    "lookahead_contrast": [*_AHEAD, "value.lookahead.contrast=true"],
 }
 """The closed form along one gradient, and along lookaheads on all of the feedback (one batch)."""
 

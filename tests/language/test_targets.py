@@ -119,6 +119,7 @@ def test_the_closed_form_is_the_best_trade_of_value_for_divergence() -> None:
         other = (best.log() + 0.1 * torch.randn(5, K, dtype=torch.float64)).softmax(1)
         assert (worth(best) >= worth(other)).all()
     assert torch.allclose(tilt(base, values, 0.0), base)
+    assert torch.allclose(best, (base.log() + values / tau).softmax(1))
     vertex = tilt(base, values, 1e4)
     assert torch.equal(vertex.argmax(1), values.argmax(1))
     assert (vertex.max(1).values > 0.999).all()
