@@ -45,7 +45,14 @@ log_every: 20
 
 ARMS: dict[str, list[str]] = {method: [f"method={method}"] for method in METHODS}
 _CLOSED = ["method=closed_form", "value.warmup=0"]
-_AHEAD = [*_CLOSED, "value.direction=lookahead", "value.lookahead.batches=1"]
+_AHEAD = [
+    *_CLOSED,
+    "value.direction=lookahead",
+    "value.lookahead.batches=1",
+    "value.lookahead.steps=20",
+    "value.lookahead.lr=3e-4",
+    "targets.temperature=10",
+]
 LOOKAHEAD: dict[str, list[str]] = {
     "baseline": ["method=baseline"],
     "dot": _CLOSED,
@@ -145,13 +152,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="+", metavar="SEED", help="of the seeds, these")
     parser.add_argument("--lookahead", action="store_true", help="the closed form along gradients and lookaheads")
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="settings of every arm")
     parser.add_argument("--start-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=60)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = begin(asked.out, asked.start_steps)
-    arms = {name: [*settings, *asked.set] for name, settings in (LOOKAHEAD if asked.lookahead else ARMS).items()}
+    arms = LOOKAHEAD if asked.lookahead else ARMS
     results = [run(asked.out, seed, start, asked.steps, arms) for seed in asked.only or range(asked.seeds)]
     if asked.only:
         return {"results": results}
