@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from dino_value.language import steer as steer_module
 from dino_value.language.config import LanguageConfig
 from dino_value.language.downstream import answer_gradient, look_ahead
 from dino_value.language.learner import Learner
+from dino_value.language.probe import probe_run
 from dino_value.language.steer import Steer, TargetTask, ValueMap
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples
 from dino_value.language.train import Run, train
+from dino_value.language.value_map import map_run
 from dino_value.track import read_metrics
 from dino_value.value import Shadow, inner, norm, pre_gradient, tilt
 
@@ -137,8 +140,7 @@ def test_contrast_is_less_the_shadow_of_others_answers(tiny: Tiny, monkeypatch: 
     (true, own), (shuffled, others) = made
     assert equal(u, [a - b for a, b in zip(own.u, others.u, strict=True)])
     assert found["lookahead_after"] == own.after
-    first = [batch.counted.numel() and batch.ids[:, :12] for batch in true]
-    assert equal(first, [batch.ids[:, :12] for batch in shuffled])  # the prompts
+    assert equal([batch.ids[:, :12] for batch in true], [batch.ids[:, :12] for batch in shuffled])  # of the prompts
     assert not all(torch.equal(a.labels, b.labels) for a, b in zip(true, shuffled, strict=True))
     again, _ = steer.downstream("main", 0)
     assert equal(u, again)
@@ -159,7 +161,7 @@ def test_an_update_leaves_the_learner_and_its_optimizer(tiny: Tiny, method: str,
     assert equal(kept, dict(run.learner.model.named_parameters()))
     assert equal(state, run.optimizer.state_dict())
     assert equal(grads, [value.grad for value in run.learner.trained().values() if value.grad is not None])
-    assert all(value.requires_grad for value in run.learner.trained().values()) == bool(run.learner.trained())
+    assert set(steer.learner.scope.names) <= set(run.learner.trained())  # which is what requires a gradient
 
 
 @pytest.mark.parametrize(
@@ -197,6 +199,14 @@ def test_a_random_direction_has_its_norms_and_is_kept_as_long(tiny: Tiny, monkey
         assert abs(inner(true, random)) < 0.2 * norm(true) * norm(random)
     first, second, _ = seen["random"]
     assert abs(inner(first, second)) < 0.2 * norm(first) * norm(second)
+
+
+def test_the_probe_and_the_map_take_a_lookahead(tiny: Tiny, root: Path) -> None:
+    folder = train(tiny("method=closed_form", *AHEAD), quiet=True)
+    found = probe_run(folder, str(root / "test.jsonl"), trials=3)
+    assert all(math.isfinite(value) for value in found["designed_sgd"]["value"])
+    (one,) = map_run(folder).values()
+    assert one["oracle_gain"] >= one["value_gain"] > 0
 
 
 def test_low_precision(tiny: Tiny) -> None:
