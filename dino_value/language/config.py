@@ -15,8 +15,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from dino_value.config import ScopeConfig, TrackConfig, load_structured
+from dino_value.config import ADAM_BURN_IN, LookaheadConfig, ScopeConfig, TrackConfig, load_structured
 from dino_value.errors import UserError
+from dino_value.value import LOOKAHEAD_OPTIMIZERS
 
 METHODS = ("value", "baseline", "random", "closed_form", "uniform", "self_distillation", "sft")
 STEERED = ("value", "random", "closed_form")
@@ -96,7 +97,8 @@ class LanguageValueConfig:
     warmup: int = 0  # designer-only updates when burn-in ends
     batch_size: int = 4  # rows of the meta unlabeled batch
     length: int = 256  # tokens in one of them
-    direction: str = "dot"
+    direction: str = "dot"  # or cosine, adam, lookahead
+    lookahead: LookaheadConfig = field(default_factory=LookaheadConfig)
     engine: str = "auto"  # the cheapest that is exact enough on the first meta batch
     tolerance: float = 5e-2  # relative error of φ's gradient above which an engine is refused
     scope: ScopeConfig = field(default_factory=ScopeConfig)
@@ -112,6 +114,7 @@ class LanguageFeedbackConfig:
     batch_size: int = 16  # not given in the paper
     length: int = 512  # tokens; longer examples are refused, or cut from the right where `cut`
     cut: bool = False
+    shuffle: bool = False  # a control: prompts carry each other's answers
     kind: str = "loss"  # answer-token cross-entropy; or reward: sampled answers scored by math-verify
     samples: int = 4  # answers sampled for each prompt (reward)
     new_tokens: int = 128  # of a sampled answer, at most (reward)
@@ -165,7 +168,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "bf16", "fp32"),
     "data.packing": ("concat", "best_fit"),
     "designer.prior": ("flat", "learner"),
-    "value.direction": ("dot", "cosine", "adam"),
+    "value.direction": ("dot", "cosine", "adam", "lookahead"),
+    "value.lookahead.optimizer": LOOKAHEAD_OPTIMIZERS,
     "value.engine": ("auto", "linear", "finite_difference", "double_backward"),
     "feedback.kind": ("loss", "reward"),
 }
@@ -193,6 +197,8 @@ _AT_LEAST: dict[str, float] = {
     "value.warmup": 0,
     "value.batch_size": 1,
     "value.length": 2,
+    "value.lookahead.steps": 1,
+    "value.lookahead.batches": 0,
     "feedback.batch_size": 1,
     "feedback.length": 2,
     "feedback.samples": 2,
@@ -202,7 +208,14 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
 }
-_ABOVE_ZERO = ("optim.clip", "targets.temperature", "value.tolerance", "budget.seconds", "feedback.limit")
+_ABOVE_ZERO = (
+    "optim.clip",
+    "targets.temperature",
+    "value.lookahead.lr",
+    "value.tolerance",
+    "budget.seconds",
+    "feedback.limit",
+)
 _SHARES = ("targets.alpha_max", "targets.alpha", "learner.lora.dropout", "optim.warmup")
 _INFINITE = ("optim.clip", "targets.temperature")
 
@@ -248,12 +261,25 @@ def check(config: LanguageConfig) -> LanguageConfig:
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise UserError(f"optim.betas={list(config.optim.betas)}: must lie in [0, 1)")
     _check_domains(config)
-    if config.value.direction == "adam" and config.value.burn_in == 0 and config.method in STEERED:
-        raise UserError(
-            "value.direction=adam reads the state of the learner's optimizer, which is empty before the first step; "
-            "set value.burn_in to 1 or more"
-        )
+    _check_direction(config)
     return config
+
+
+def _check_direction(config: LanguageConfig) -> None:
+    v = config.value
+    if config.method not in STEERED:
+        return
+    if v.direction == "adam" and v.burn_in < ADAM_BURN_IN:
+        raise UserError(
+            f"value.direction=adam with value.burn_in={v.burn_in}: it reads the second moments of the learner's "
+            "optimizer, and those of its first steps point along a few coordinates alone (docs/language.md); set "
+            f"value.burn_in to {ADAM_BURN_IN} or more"
+        )
+    if v.direction == "lookahead" and config.feedback.kind == "reward":
+        raise UserError(
+            "value.direction=lookahead trains a copy on given answers, and feedback.kind=reward scores sampled ones; "
+            "choose feedback.kind=loss or value.direction=dot"
+        )
 
 
 def _check_domains(config: LanguageConfig) -> None:

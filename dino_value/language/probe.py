@@ -18,8 +18,9 @@ from torch import Tensor
 from dino_value.checkpoint import load_checkpoint
 from dino_value.errors import UserError
 from dino_value.language.config import STEERED, load_language_config
+from dino_value.language.downstream import token_losses
 from dino_value.language.learner import Cut, evaluating
-from dino_value.language.steer import Steer, TargetTask, constant, token_losses
+from dino_value.language.steer import Steer, TargetTask, constant
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples
 from dino_value.language.train import Run
@@ -55,7 +56,7 @@ def probe_run(folder: Path, file: str, trials: int = 32, limit: int = 64, seed: 
     if trials < 3:
         raise UserError(f"--trials {trials}: a correlation needs 3 or more")
     run, steer = open_steered(folder)
-    taught = {one for examples in steer.feedback.values() for one in examples.examples}
+    taught = {one for examples in steer.feedback.values() for one in examples.originals}
     held = [one for one in read_examples(file, limit) if one not in taught]
     if not held:
         raise UserError(f"{file}: holds nothing but the run's own feedback; give other examples")
@@ -83,8 +84,9 @@ def open_steered(folder: Path) -> tuple[Run, Steer]:
 
 
 def feedback_gradient(steer: Steer, domain: str) -> Gradient:
-    """g_down of a domain, over at most eight batches of its examples."""
-    batches = range(min(8, steer.feedback[domain].per_epoch))
+    """g_down of a domain, over at most eight batches of its examples; or one lookahead, which takes several itself."""
+    ahead = steer.config.value.direction == "lookahead"
+    batches = range(1 if ahead else min(8, steer.feedback[domain].per_epoch))
     return mean_gradient(steer.downstream(domain, number)[0] for number in batches)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,17 +23,16 @@ from dino_value.errors import UserError
 from dino_value.language.answers import rewards
 from dino_value.language.config import SOFT, STEERED, LanguageConfig
 from dino_value.language.designer import TokenDesigner
+from dino_value.language.downstream import answer_gradient, full_precision, look_ahead, token_losses
 from dino_value.language.generate import generate
 from dino_value.language.learner import Cut, Learner, Pass, evaluating
 from dino_value.language.stream import Batch, ExampleSet, TextStream, padded
 from dino_value.language.targets import (
     TargetRule,
     candidates,
-    negative_log_probs,
     next_token,
     self_distillation,
     soft_targets,
-    tilted,
     uniform,
 )
 from dino_value.language.text import Encoder, Source, Tokens, open_source, read_examples
@@ -46,15 +46,19 @@ from dino_value.value import (
     Direction,
     Engine,
     Gradient,
+    Shadow,
     ValueStep,
     adam,
     check_engine,
     check_start,
     choose_engine,
+    contrast,
+    norm,
     pre_gradient,
     random_like,
     score_loss,
     term_values,
+    tilt,
     value_step,
 )
 
@@ -144,11 +148,6 @@ class TargetTask:
         return self._targets
 
 
-def token_losses(learner: Learner, cut: Cut, counted: Tensor, ids: Tensor, chunk: int) -> Tensor:
-    """−log p of `ids` [T K] at the `counted` positions, from the scope's first layer on."""
-    return negative_log_probs(learner.finish(cut).flatten(0, 1)[counted], learner.head, ids, chunk)
-
-
 def designed_states(designer: TokenDesigner, embedding: Tensor, batch: Batch) -> Tensor:
     """The designer's states at the counted positions, [T hidden]."""
     truth = F.embedding(batch.labels.clamp_min(0), embedding) * (batch.labels >= 0)[..., None]
@@ -234,7 +233,7 @@ class Steer:
         self.meta: dict[str, TextStream] = {}
         if config.method in STEERED:
             self.feedback = open_feedback(config, encoder, learner.window)
-            taught = frozenset(one for examples in self.feedback.values() for one in examples.examples)
+            taught = frozenset(one for examples in self.feedback.values() for one in examples.originals)
             v, data = config.value, config.data
             for domain in self.feedback:
                 paired = {domain: sources[domain]} if domain in sources else sources
@@ -247,7 +246,9 @@ class Steer:
         self.direction: Gradient | None = None  # the last u, which the closed form follows between updates
         self.spread = torch.ones((), device=self.device)  # standard deviation of v on the last meta batch
         self.clip_scale = torch.ones((), device=self.device)  # what clipping left of the learner's last gradient
-        self.notes: list[str] = []
+        self.diverged: list[str] = []  # domains of which that was said
+        self.notes: list[str] = []  # for the log
+        self.warnings: list[str] = []
 
     # What the learner is asked to predict
 
@@ -293,7 +294,7 @@ class Steer:
                 values = (logits.softmax(1) * slope).sum(1, keepdim=True) - slope.gather(1, ids)
                 strength = logits.new_full((len(ids), 1), alpha)
                 base = soft_targets(strength, logits.gather(1, ids).softmax(1))
-                return ids, tilted(base, values, t.temperature * self.spread)
+                return ids, tilt(base, values, self.strength)
 
         return rule
 
@@ -386,8 +387,7 @@ class Steer:
         u = direction(g_down, g_pre)
         values = task.values_along(u, hidden, parameters)
         self.spread = (values - (values * hidden[0]).sum(1, keepdim=True) * len(values)).std().clamp_min(1e-20)
-        t = self.config.targets
-        q = tilted(hidden[0] * len(values), values, t.temperature * self.spread)
+        q = tilt(hidden[0] * len(values), values, self.strength)
         metrics |= ValueStep.of(g_down, g_pre)._asdict() | ValueMap(values, q).summary(1.0)
         return u
 
@@ -398,16 +398,59 @@ class Steer:
         return TargetTask(self.learner, self.designer, batch.to(self.device), t.candidates, t.chunk, alpha)
 
     def downstream(self, domain: str, number: int) -> tuple[Gradient, dict[str, Tensor]]:
-        """g_down of feedback batch `number`, or in the random arm a Gaussian of its norms."""
+        """g_down of feedback batch `number`, or u of lookahead `number`; in the random arm a Gaussian of its norms."""
         config, examples = self.config, self.feedback[domain]
         if config.feedback.kind == "reward":
             gradient, found = self._reward_gradient(examples, number)
+        elif config.value.direction == "lookahead":
+            gradient, found = self._look_ahead(domain, number)
         else:
             gradient, loss = answer_gradient(self.learner, examples.batch(number).to(self.device), config.targets.chunk)
             found = {"feedback_loss": loss}
         if config.method == "random":
             gradient = random_like(gradient, generator(config.seed, "random direction", domain, number))
         return gradient, found
+
+    def _look_ahead(self, domain: str, number: int) -> tuple[Gradient, dict[str, Tensor]]:
+        """u = θ_S − θ_S′ with θ_S′ trained on the next feedback batches. With `contrast` less the same where each
+        prompt among those batches has the answer of another one among them, drawn anew for each lookahead.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        settings, examples = self.config.value.lookahead, self.feedback[domain]
+        lr, chunk = self.config.optim.lr if settings.lr is None else settings.lr, self.config.targets.chunk
+        count = min(settings.batches or settings.steps, settings.steps)
+        numbers = range(number * count, (number + 1) * count)
+
+        def shadow(examples: ExampleSet) -> Shadow:
+            batches = [examples.batch(index).to(self.device) for index in numbers]
+            return look_ahead(self.learner, batches, settings.steps, lr, settings.optimizer, chunk)
+
+        u, before, after = shadow(examples)
+        if settings.contrast:
+            among = [index for batch in numbers for index in examples.indices(batch)]
+            drawn = generator(self.config.seed, "contrast", domain, number)
+            u = contrast(u, shadow(examples.exchanged(among, drawn)).u)
+        length = norm(u)
+        self._judge(domain, *torch.stack([before, after, length]).tolist())
+        found = {"feedback_loss": before, "lookahead_before": before, "lookahead_after": after}
+        return u, found | {"lookahead_norm": length}
+
+    def _judge(self, domain: str, before: float, after: float, length: float) -> None:
+        """Refuse a lookahead that is not finite; say once of a domain that one has diverged."""
+        steps = self.config.value.lookahead.steps
+        if not all(map(math.isfinite, (before, after, length))):
+            raise UserError(
+                f"value.lookahead: on feedback.{domain} the answer loss is not finite within {steps} steps; nothing "
+                "was applied. Lower value.lookahead.lr"
+            )
+        if after > before and domain not in self.diverged:
+            self.diverged.append(domain)
+            self.warnings.append(
+                f"value.lookahead: on feedback.{domain} the answer loss rose from {before:.4g} to {after:.4g} in "
+                f"{steps} steps; lower value.lookahead.lr (said once; see lookahead_before and lookahead_after)"
+            )
 
     def _reward_gradient(self, examples: ExampleSet, number: int) -> tuple[Gradient, dict[str, Tensor]]:
         """−∇_{θ_S} E[R] by the score function: sampled answers, scored by math-verify (method section 2)."""
@@ -435,9 +478,15 @@ class Steer:
         gradient, _ = answer_gradient(learner, batch, self.config.targets.chunk, loss)
         return gradient, {"reward": scores.mean()}
 
+    @property
+    def strength(self) -> Tensor:
+        """s = 1/τ of the closed form, whose q ∝ q₀·exp(s·v) is of all targets the one of highest Σ q v − KL(q‖q₀)/s."""
+        return 1 / (self.config.targets.temperature * self.spread)
+
     def current_direction(self) -> Direction:
-        if self.config.value.direction != "adam":
-            return DIRECTIONS[self.config.value.direction]
+        name = self.config.value.direction
+        if name != "adam":
+            return DIRECTIONS["dot" if name == "lookahead" else name]
         named = dict(self.learner.model.named_parameters())
         return adam(AdamState.of(self.optimizer, [named[name] for name in self.learner.scope.names]), self.clip_scale)
 
@@ -472,6 +521,7 @@ class Steer:
             "direction": self.direction,
             "spread": self.spread,
             "clip_scale": self.clip_scale,
+            "diverged": list(self.diverged),
             "meta": {domain: stream.state_dict() for domain, stream in self.meta.items()},
         }
         if self.designer is not None and self.designer_optimizer is not None:
@@ -481,6 +531,7 @@ class Steer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates, self.engine_name = state["updates"], state["engine"]
+        self.diverged = list(state.get("diverged", []))  # older checkpoints have none
         direction = state["direction"]
         self.direction = None if direction is None else [part.to(self.device) for part in direction]
         self.spread, self.clip_scale = state["spread"].to(self.device), state["clip_scale"].to(self.device)
@@ -491,27 +542,11 @@ class Steer:
             self.designer_optimizer.load_state_dict(state["optimizer"])
 
 
-def answer_gradient(
-    learner: Learner, batch: Batch, chunk: int, loss: Callable[[Tensor], Tensor] = torch.mean
-) -> tuple[Gradient, Tensor]:
-    """∇_{θ_S} of `loss` of the answer tokens' −log p [T], and that loss; detached, the tail in full precision."""
-    with torch.no_grad():
-        found = learner.run(batch)
-    entered = found.cut.hidden
-    cut = Cut(entered.float() if entered.is_floating_point() else entered, found.cut.calls)
-    labels = batch.labels.flatten()[batch.counted, None]
-    leaves = {name: value.requires_grad_() for name, value in learner.parameters_in_scope().items()}
-    with torch.enable_grad(), full_precision(entered):
-        total = loss(learner.at(leaves, token_losses, cut, batch.counted, labels, chunk).squeeze(1))
-        gradient = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
-    return list(gradient), total.detach()
-
-
 def open_feedback(config: LanguageConfig, encoder: Encoder, window: int) -> dict[str, ExampleSet]:
-    """The feedback examples of each domain.
+    """The feedback examples of each domain, with each other's answers where `feedback.shuffle` is set.
 
     Raises:
-        UserError: unreadable, too long, or found in an evaluation file too.
+        UserError: unreadable, too long, found in an evaluation file too, or too few to exchange answers.
     """
     f, found = config.feedback, {}
     answers = Encoder(encoder.tokenizer)
@@ -523,6 +558,9 @@ def open_feedback(config: LanguageConfig, encoder: Encoder, window: int) -> dict
             refuse_overlap(path, f.test, f.limit)
         length = min(f.length, window)
         found[domain] = ExampleSet(examples, answers, length, f.batch_size, config.seed, path, f.cut)
+        if f.shuffle:
+            everyone = range(len(examples))
+            found[domain] = found[domain].exchanged(everyone, generator(config.seed, "shuffled answers", domain))
     return found
 
 
@@ -546,11 +584,6 @@ def _head_in_scope(learner: Learner) -> bool:
     head = learner.head.weight
     named = dict(learner.model.named_parameters())
     return any(named[name] is head for name in learner.scope.names)
-
-
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """Autocast off on the device of `tensor`."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _float(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -5,7 +5,8 @@ Which example comes next follows from (seed, domain, how many came before) and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -247,6 +248,10 @@ class ExampleSet:
         length: tokens of an example, at most.
         cut: drop what is longer from the right, rather than refuse it.
 
+    Attributes:
+        originals: the examples as they were given.
+        examples: as they teach: `exchanged` gives them other answers.
+
     Raises:
         UserError: an example that is too long, or whose prompt leaves no room for an answer.
     """
@@ -255,7 +260,8 @@ class ExampleSet:
         self, examples: Sequence[Example], encoder: Encoder, length: int, batch_size: int, seed: int, name: str,
         cut: bool = False,
     ) -> None:  # fmt: skip
-        self.examples, self.seed, self.name, self.end = list(examples), seed, name, encoder.end
+        self.originals, self.seed, self.name, self.end = tuple(examples), seed, name, encoder.end
+        self.examples, self.encoder, self.length = list(examples), encoder, length
         self.batch_size = min(batch_size, len(self.examples))
         self.per_epoch = len(self.examples) // self.batch_size
         self.tokens = [encoder.encode(one) for one in self.examples]
@@ -271,6 +277,30 @@ class ExampleSet:
                     "room for the answer; leave it out, or for feedback raise feedback.length within the model's window"
                 )
         self.tokens = [Tokens(one.ids[:length], one.counted[:length]) for one in self.tokens]
+
+    def exchanged(self, indices: Iterable[int], drawn: torch.Generator) -> ExampleSet:
+        """The same set, but each prompt among `indices` carries the answer of another one among them.
+
+        Everything else stays: which examples make a batch, and the originals. An answer that the length has no room
+        for is cut. Plain documents, which have no prompt, keep their text.
+
+        Raises:
+            UserError: fewer than two prompts.
+        """
+        places = [index for index in sorted(set(indices)) if self.examples[index].prompt]
+        if len(places) < 2:
+            raise UserError(
+                f"{self.name}: answers are to be exchanged (feedback.shuffle, value.lookahead.contrast) among "
+                f"{len(places)} prompts; give more examples with prompts, or a larger feedback.batch_size"
+            )
+        order = [places[index] for index in torch.randperm(len(places), generator=drawn).tolist()]
+        other = copy.copy(self)
+        other.examples, other.tokens = list(self.examples), list(self.tokens)
+        for own, donor in zip(order, order[1:] + order[:1], strict=True):  # one cycle: nobody keeps their answer
+            other.examples[own] = self.examples[own]._replace(answer=self.examples[donor].answer)
+            ids, counted = self.encoder.encode(other.examples[own])
+            other.tokens[own] = Tokens(ids[: self.length], counted[: self.length])
+        return other
 
     def __len__(self) -> int:
         return len(self.examples)

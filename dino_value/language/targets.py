@@ -61,16 +61,6 @@ def self_distillation(labels: Tensor, count: int, alpha: float) -> TargetRule:
     return rule
 
 
-def tilted(base: Tensor, values: Tensor, temperature: float | Tensor) -> Tensor:
-    """q ∝ q₀·exp(v/τ), v = −D: of all distributions the one of highest Σ q v − τ·KL(q‖q₀).
-
-    Args:
-        base: q₀ [t K].
-        values: v, how fast a step on each candidate lowers the downstream loss, [t K].
-    """
-    return (base.clamp_min(torch.finfo(base.dtype).tiny).log() + values / temperature).softmax(1)
-
-
 def soft_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: TargetRule, chunk: int = 256
 ) -> Tensor:

@@ -82,6 +82,10 @@ def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -
             reporter.advance(run.step)
             while run.steer is not None and run.steer.notes:
                 reporter.note(run.steer.notes.pop(0))
+            while run.steer is not None and run.steer.warnings:
+                text = run.steer.warnings.pop(0)
+                reporter.warn(text)
+                metrics.write(run.step, {"event": "lookahead", "message": text})
             last = run.done()
             values: dict[str, float] = {}
             if run.held is not None and (run.step % config.held.every == 0 or last):

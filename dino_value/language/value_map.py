@@ -19,8 +19,7 @@ from dino_value.errors import UserError
 from dino_value.language.learner import evaluating
 from dino_value.language.probe import feedback_gradient, open_steered
 from dino_value.language.steer import ValueMap, constant
-from dino_value.language.targets import tilted
-from dino_value.value import pre_gradient
+from dino_value.value import pre_gradient, tilt
 
 
 def map_run(folder: Path, rows: int = 1, seed: int = 0) -> dict[str, Any]:
@@ -55,7 +54,7 @@ def map_run(folder: Path, rows: int = 1, seed: int = 0) -> dict[str, Any]:
                 g_down, g_pre = feedback_gradient(steer, domain), pre_gradient(task, hidden, parameters)
             values = task.values_along(steer.current_direction()(g_down, g_pre), hidden, parameters)
             closed = steer.designer is None  # whose targets follow v itself
-            q = tilted(task.targets, values, t.temperature * steer.spread) if closed else task.targets
+            q = tilt(task.targets, values, steer.strength) if closed else task.targets
             seen = ValueMap(values, q)
             others = seen.targets[:, 1:].max(1).indices + 1  # the first candidate is the true token
             places = {"best": values.max(1).indices, "chosen": others}

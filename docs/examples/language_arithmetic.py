@@ -4,6 +4,7 @@ A tiny model is trained from scratch on the noisy stream (`start`); for each see
 same stream and steps. Seeds differ in stream, feedback, designer and test. Settings were chosen on other seeds (100).
 
     python docs/examples/language_arithmetic.py OUT [--seeds 5]
+    python docs/examples/language_arithmetic.py OUT --lookahead --seeds 3
 
 --only does some of the seeds, for several processes: the command without it then finds them done.
 """
@@ -42,6 +43,27 @@ log_every: 20
 """
 
 
+ARMS: dict[str, list[str]] = {method: [f"method={method}"] for method in METHODS}
+_CLOSED = ["method=closed_form", "value.warmup=0"]
+_AHEAD = [
+    *_CLOSED,
+    "value.direction=lookahead",
+    "value.lookahead.batches=1",
+    "value.lookahead.steps=20",
+    "value.lookahead.lr=3e-4",
+    "targets.temperature=10",
+]
+LOOKAHEAD: dict[str, list[str]] = {
+    "baseline": ["method=baseline"],
+    "dot": _CLOSED,
+    "dot_shuffled": [*_CLOSED, "feedback.shuffle=true"],
+    "lookahead": _AHEAD,
+    "lookahead_shuffled": [*_AHEAD, "feedback.shuffle=true"],
+    "lookahead_contrast": [*_AHEAD, "value.lookahead.contrast=true"],
+}
+"""The closed form along one gradient, and along lookaheads on all of the feedback (one batch)."""
+
+
 def begin(out: Path, steps: int) -> Path:
     """The model that every method goes on from, and its folder; of a seed that no comparison has."""
     folder = out / "begin"
@@ -56,8 +78,10 @@ def begin(out: Path, steps: int) -> Path:
     return folder / "start"
 
 
-def run(out: Path, seed: int, start: Path, steps: int) -> dict[str, dict[str, float]]:
-    """Metrics of the start and of every method; finished runs are not run again."""
+def run(
+    out: Path, seed: int, start: Path, steps: int, arms: dict[str, list[str]] = ARMS
+) -> dict[str, dict[str, float]]:
+    """Metrics of the start and of every arm; finished runs are not run again."""
     folder = out / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     stream = write_problems(folder / "stream.jsonl", 20_000, seed, "stream", CARELESS, SLIP)
@@ -66,8 +90,8 @@ def run(out: Path, seed: int, start: Path, steps: int) -> dict[str, dict[str, fl
     (folder / "base.yaml").write_text(BASE)
     given = [f"seed={seed}", f"data.stream={stream}", f"feedback.files={feedback}", f"learner.model={start}/learner"]
     found = {"start": measure(start / "learner", folder / "start.json", test)}
-    for method in METHODS:
-        second = [f"out={folder / method}", f"method={method}", f"steps={steps}", "optim.lr=1e-3"]
+    for method, settings in arms.items():
+        second = [f"out={folder / method}", *settings, f"steps={steps}", "optim.lr=1e-3"]
         train(load_language_config(folder / "base.yaml", [*given, *second]), quiet=True)
         found[method] = measure(folder / method / "learner", folder / method / "results" / "test.json", test)
         print(seed, method, found[method], flush=True)
@@ -97,11 +121,12 @@ def table(results: list[dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def diagnostics(out: Path, seeds: int) -> str:
-    """What the steered methods logged of V along u, means over the run's second half and seeds."""
+def diagnostics(out: Path, seeds: int, arms: dict[str, list[str]] = ARMS) -> str:
+    """What the steered arms logged of V along u, means over the run's second half and seeds."""
     keys = ("alpha", "value_gain", "oracle_gain", "regret", "cosine")
     lines = ["| method | " + " | ".join(keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    for method in STEERED:
+    steered = [name for name, settings in arms.items() if {f"method={one}" for one in STEERED} & set(settings)]
+    for method in steered:
         rows = [row for seed in range(seeds) for row in second_half(out / f"seed{seed}" / method)]
         cells = [f"{statistics.mean(row[key] for row in rows if key in row):.3g}" for key in keys]
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
@@ -126,16 +151,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", type=int, nargs="+", metavar="SEED", help="of the seeds, these")
+    parser.add_argument("--lookahead", action="store_true", help="the closed form along gradients and lookaheads")
     parser.add_argument("--start-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=60)
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = begin(asked.out, asked.start_steps)
-    results = [run(asked.out, seed, start, asked.steps) for seed in asked.only or range(asked.seeds)]
+    arms = LOOKAHEAD if asked.lookahead else ARMS
+    results = [run(asked.out, seed, start, asked.steps, arms) for seed in asked.only or range(asked.seeds)]
     if asked.only:
         return {"results": results}
     (asked.out / "results.json").write_text(json.dumps(results, indent=1))
-    print(table(results), diagnostics(asked.out, asked.seeds), sep="\n\n")
+    print(table(results), diagnostics(asked.out, asked.seeds, arms), sep="\n\n")
     return {"results": results}
 
 

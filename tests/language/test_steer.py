@@ -15,8 +15,9 @@ from dino_value.language import steer as steer_module
 from dino_value.language.architectures import architecture
 from dino_value.language.config import LanguageConfig
 from dino_value.language.designer import TokenDesigner
+from dino_value.language.downstream import answer_gradient, token_losses
 from dino_value.language.learner import Cut, Learner
-from dino_value.language.steer import ENGINE_CHOICES, TargetTask, answer_gradient, constant, token_losses
+from dino_value.language.steer import ENGINE_CHOICES, TargetTask, constant
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.targets import soft_targets
 from dino_value.language.text import Encoder, read_examples

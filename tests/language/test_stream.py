@@ -165,6 +165,34 @@ def test_example_sets_visit_all(root: Path, encoder: Encoder) -> None:
     assert examples.indices(0) != examples.indices(4)
 
 
+def test_exchanged_answers(root: Path, encoder: Encoder) -> None:
+    numbered = [Example(f"Question: Ann has {n} pens\n Answer:", f" {n}") for n in range(9)]
+    document = Example("", "Ann has 1 pens")
+    examples = ExampleSet([*numbered, document], encoder, 64, 4, 0, "feedback")
+    other = examples.exchanged(range(10), torch.Generator().manual_seed(0))
+    assert [one.prompt for one in other.examples] == [one.prompt for one in examples.examples]
+    answers = [one.answer for one in other.examples[:9]]
+    assert sorted(answers) == [one.answer for one in numbered]
+    assert all(given != own.answer for given, own in zip(answers, numbered, strict=True))
+    assert other.examples[9] == document
+    assert other.tokens == [encoder.encode(one) for one in other.examples]
+    assert other.originals == (*numbered, document) == tuple(examples.examples)
+    few = examples.exchanged([3, 5, 3], torch.Generator())  # among some alone
+    assert [index for index in range(10) if few.examples[index] != examples.examples[index]] == [3, 5]
+    for among in ([4], [4, 9], []):
+        with pytest.raises(UserError, match="feedback: answers are to be exchanged"):
+            examples.exchanged(among, torch.Generator())
+
+
+def test_an_exchanged_answer_is_cut_to_the_length(root: Path, encoder: Encoder) -> None:
+    long = Example("Question: Ann has 1 pens and 2 books\n Answer:", " 3")
+    short = Example("Question: Ann\n Answer:", " 1 1 1 1 1 1 1 1")
+    size = max(len(encoder.encode(one).ids) for one in (long, short))
+    other = ExampleSet([long, short], encoder, size, 2, 0, "x").exchanged([0, 1], torch.Generator())
+    assert [len(one.ids) for one in other.tokens] == [size, len(encoder.encode(other.examples[1]).ids)]
+    assert any(other.tokens[0].counted)
+
+
 def write(path: Path, *records: object) -> str:
     path.write_text("\n".join(json.dumps(record) for record in records))
     return str(path)

@@ -16,9 +16,9 @@ from dino_value.language.targets import (
     self_distillation,
     soft_cross_entropy,
     soft_targets,
-    tilted,
     uniform,
 )
+from dino_value.value import tilt
 
 T, D, V, K = 23, 12, 31, 7
 
@@ -114,12 +114,13 @@ def test_the_closed_form_is_the_best_trade_of_value_for_divergence() -> None:
     def worth(q: Tensor) -> Tensor:
         return (q * values).sum(1) - tau * (q * (q / base).log()).sum(1)
 
-    best = tilted(base, values, tau)
+    best = tilt(base, values, 1 / tau)
     for _ in range(50):
         other = (best.log() + 0.1 * torch.randn(5, K, dtype=torch.float64)).softmax(1)
         assert (worth(best) >= worth(other)).all()
-    assert torch.allclose(tilted(base, values, torch.inf), base)
-    vertex = tilted(base, values, 1e-4)
+    assert torch.allclose(tilt(base, values, 0.0), base)
+    assert torch.allclose(best, (base.log() + values / tau).softmax(1))
+    vertex = tilt(base, values, 1e4)
     assert torch.equal(vertex.argmax(1), values.argmax(1))
     assert (vertex.max(1).values > 0.999).all()
 

@@ -182,9 +182,10 @@ def test_the_budget_ends_a_run(tiny: Callable[..., LanguageConfig]) -> None:
     assert 0 == run.lr() < middle < config.optim.lr
 
 
-def test_adam_and_cosine_directions(tiny: Callable[..., LanguageConfig]) -> None:
-    for options in (["value.direction=adam", "value.burn_in=1"], ["value.direction=cosine"]):
-        assert steps(Run(tiny("method=value", *options)), 2).steer.updates == 1  # type: ignore[union-attr]
+@pytest.mark.parametrize(("direction", "burn_in"), [("adam", 20), ("cosine", 0)])
+def test_adam_and_cosine_directions(tiny: Callable[..., LanguageConfig], direction: str, burn_in: int) -> None:
+    run = Run(tiny("method=value", f"value.direction={direction}", f"value.burn_in={burn_in}"))
+    assert steps(run, burn_in + 1).steer.updates == 1  # type: ignore[union-attr]
 
 
 def test_checkpointing_changes_nothing(tiny: Callable[..., LanguageConfig]) -> None:
@@ -206,7 +207,7 @@ REFUSED = [
     ("data.weights.main=0", "must be above 0"),
     ("designer.hidden=15", "multiple of designer.heads"),
     ("optim.learning_rate=1", "unknown configuration key optim.learning_rate; did you mean"),
-    ("value.direction=adam", "set value.burn_in to 1"),
+    ("value.direction=adam", "set value.burn_in to 20 or more"),
     ("optim.lr=.nan", "must be finite"),
     ("feedback.files.a=x", "each is paired with the stream of its own name"),
 ]
