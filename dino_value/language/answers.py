@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from dino_value.errors import UserError
+from dino_value.language.verifier import verified
 
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|[-+−]?\.\d+")
 _CHOICE = re.compile(r"(?<![A-Za-z])\(?([A-J])\)?(?![A-Za-z'’])")
@@ -70,20 +70,14 @@ def exact_match(answer: str | None, truth: str) -> bool:
 
 
 def equivalent(answer: str | None, truth: str) -> bool:
-    """Mathematically equal as the package math-verify sees it: 0.5 is 1/2, 2·3 is 6.
+    """Mathematically equal as the package math-verify sees it: 0.5 is 1/2, 2·3 is 6. What it cannot finish is wrong.
 
     Raises:
         UserError: math-verify is not installed.
     """
     if answer is None:
         return False
-    try:
-        import math_verify
-    except ImportError:
-        raise UserError("scoring needs math-verify: pip install 'dino-value[language]'") from None
-    # Without its timeouts, which use signals of the main thread.
-    gold, found = (math_verify.parse(f"\\boxed{{{normalise(part)}}}", parsing_timeout=None) for part in (truth, answer))
-    return bool(math_verify.verify(gold, found, timeout_seconds=None))
+    return verified(*(f"\\boxed{{{normalise(part)}}}" for part in (answer, truth)))
 
 
 def rewards(texts: Sequence[Sequence[str]], truths: Sequence[str]) -> list[list[float]]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from pathlib import Path
+
 import pytest
 
+from dino_value.language import verifier
 from dino_value.language.answers import (
     boxed_answer,
     choice,
@@ -123,3 +128,40 @@ def test_math_verify_sees_more_than_spelling() -> None:
     assert not equivalent("7", "8")
     assert not equivalent(None, "8")
     assert rewards([["#### 7", "it is 8"]], [" 3+4 = 7\n#### 7"]) == [[1.0, 0.0]]
+
+
+@pytest.mark.slow
+def test_what_cannot_be_finished_is_wrong_and_the_next_is_compared() -> None:
+    pytest.importorskip("math_verify")
+    began = time.monotonic()
+    sampled = ["\\boxed{7^{8^{7^{8}}}}", "\\boxed{8/2}", "\\boxed{90000001!}", "\\boxed{7^{8^{7^{8}}}}"]
+    assert rewards([sampled], ["#### 4"]) == [[0.0, 1.0, 0.0, 0.0]]
+    assert time.monotonic() - began < 100  # two that end at the limit of 5 seconds' processor time
+    began = time.monotonic()
+    assert not equivalent("7^{8^{7^{8}}}", "4")
+    assert time.monotonic() - began < 0.1  # known by now
+
+
+def test_signals_to_all_processes_do_not_make_an_answer_wrong() -> None:
+    pytest.importorskip("math_verify")
+    one = verifier.Verifier()
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            one.process.send_signal(number)
+        assert one("\\boxed{3/6}", "\\boxed{0.5}")
+        assert one("\\boxed{3/6}", "\\boxed{0.25}") is False
+        one.process.kill()
+        assert one("\\boxed{3/6}", "\\boxed{0.5}") is None
+    finally:
+        one.end()
+
+
+def test_the_verifier_reads_no_module_of_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    (tmp_path / "math_verify.py").write_text("raise SystemExit('not this one')\n")
+    monkeypatch.chdir(tmp_path)
+    one = verifier.Verifier()
+    try:
+        assert one("\\boxed{2}", "\\boxed{2}")
+    finally:
+        one.end()
