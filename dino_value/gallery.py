@@ -14,7 +14,7 @@ from torch import Tensor
 from dino_value.backbones import Backbone
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config
-from dino_value.data.labelled import LabelledDataset
+from dino_value.data.labelled import LabelledDataset, some_items
 from dino_value.data.layouts import open_labelled
 from dino_value.designers import fill_in, learned_views
 from dino_value.steer import Steer
@@ -27,11 +27,10 @@ def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
     for layout, root in (("ade20k", config.data.ade20k), ("nyuv2", config.data.nyuv2)):
         if root is None:
             continue
-        source = open_labelled(layout, root, "validation")  # type: ignore[arg-type]
-        size = (config.views.global_size, config.views.global_size)
-        shown = range(0, len(source), max(1, len(source) // count))[:count]
-        images, _ = LabelledDataset(source, shown, size=size).batch(range(len(shown)))
-        return images
+        skip = config.data.skip_unreadable
+        source = open_labelled(layout, root, "validation", check_pairs=not skip)  # type: ignore[arg-type]
+        items = LabelledDataset(source, size=(config.views.global_size, config.views.global_size))
+        return torch.stack(some_items(lambda index: items[index, 0][0], len(items), count, skip))  # noqa: B023
     return None
 
 

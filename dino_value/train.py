@@ -245,8 +245,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
 
         workers = 0 if config.data.in_memory else config.data.workers
-        in_memory, skip = config.data.in_memory, config.data.skip_unreadable
-        sources = open_views(config.data.unlabeled, config.views, in_memory, skip)
+        reading = (config.data.in_memory, config.data.skip_unreadable, config.data.field)
+        sources = open_views(config.data.unlabeled, config.views, *reading)
         self.meters = Meters()
         self.guard = FiniteGuard(config.optim.skip_nonfinite)
         self.best = Best(config.checkpoint.best, config.checkpoint.best_mode)
@@ -272,7 +272,7 @@ class Run:
             if config.designer.closed_form == "best_of_n":
                 count = config.views.local_count * config.designer.candidates
                 drawn = dataclasses.replace(config.views, local_count=count)
-                sources = open_views(config.data.unlabeled, drawn, in_memory, skip)
+                sources = open_views(config.data.unlabeled, drawn, *reading)
         self.stream = Stream(sources, config.optim.batch_size, config.seed, "unlabeled", workers, self.part)
 
     def learner_update(self, large: Tensor, small: Tensor) -> None:
