@@ -24,6 +24,7 @@ from dino_value.errors import UserError
 
 SECONDS = 5  # of processor time for one answer, math-verify's own limit: the same on a busy machine
 MEMORY = 4 * 2**30  # bytes of address space
+LONGEST = 1000  # characters of an answer; longer is no answer
 PATIENCE = 60.0  # seconds of wall clock for one answer, and for the start
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _RUN = "from dino_value.language.verifier import serve; serve()"
@@ -89,6 +90,8 @@ def verified(answer: str, truth: str) -> bool:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise UserError("scoring needs math-verify: pip install 'dino-value[language]'")
+    if max(len(answer), len(truth)) > LONGEST:
+        return False
     verifier = _running.pop() if _running else Verifier()
     found = verifier(answer, truth)
     if found is not None:  # one that was interrupted over an answer would give it to the next

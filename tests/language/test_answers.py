@@ -26,7 +26,34 @@ from dino_value.language.answers import (
     [
         ("so 3 + 4 = 7\n#### 7", "7"),
         ("#### 1,234\nQuestion: next\n Answer: #### 9", "1,234"),  # the model goes on with another question
-        ("#### $5.00 ", "$5.00"),
+        ("#### $5.00 ", "5.00"),
+        ("#### **18**", "18"),
+        ("#### $18", "18"),
+        ("#### \\$1,234.00", "1,234.00"),
+        ("#### -$7.50.", "-7.50"),
+        ("#### €18", "18"),
+        ("#### 18 dollars per hour", "18"),
+        ("#### 9{,}500", "9,500"),
+        ("#### 9\u202f500 m", "9,500"),
+        ("#### 20 (twenty)", "20"),
+        ("#### 72, altogether", "72"),
+        ("#### 18 apples and 3 pears", "18"),
+        ("#### 10 * 2 = 20", "20"),
+        ("#### x = \\boxed{20}", "20"),
+        ("#### 20/day", "20"),
+        ("#### 20th", "20"),
+        ("#### 3/4 of it", "3/4"),
+        ("#### \\frac{3}{4}", "3/4"),
+        ("#### 50\\%", "50"),
+        ("#### 12:30", "12:30"),  # no number
+        ("#### Answer: 41 cm", "41"),
+        ("#### Step 1: 3 pairs\n#### Step 2\n#### 6 shoes", "6"),  # headings
+        ("#### Step 1: 3 pairs\nso \\boxed{6}, 9", "6"),
+        ("#### yes", "yes"),
+        ("it is 20\n#### ", "20"),
+        ("The answer is 20.\n\nQuestion: what is 3?", "20"),
+        ("So it is $9{,}500.", "9,500"),
+        ("The answer is 1\u202f234.", "1,234"),
         ("####12", "12"),
         ("it is \\boxed{8} apples, 9 pears", "8"),  # no mark: the box
         ("7 and then 12 apples.", "12"),  # neither: the last number
@@ -108,6 +135,11 @@ def test_choice(text: str, letter: str | None) -> None:
         ("\\dfrac{1}{2}", "1/2"),
         ("+4", "4"),
         ("-0", "0"),
+        ("9{,}500", "9500"),
+        ("9\\,500", "9500"),
+        ("£18", "18"),
+        ("18 dollars per hour", "18"),
+        ("18\\text{ dollars per hour}", "18"),
     ],
 )
 def test_normalise(a: str, b: str) -> None:
@@ -116,7 +148,16 @@ def test_normalise(a: str, b: str) -> None:
 
 
 def test_what_is_not_equal() -> None:
-    for a, b in (("12", "1.2"), ("1,23", "123"), ("x", "y"), ("10", "1"), ("-3", "3"), (None, "0")):
+    for a, b in (
+        ("12", "1.2"),
+        ("1,23", "123"),
+        ("x", "y"),
+        ("10", "1"),
+        ("-3", "3"),
+        (None, "0"),
+        ("2x", "2y"),
+        ("2x", "2"),
+    ):
         assert not exact_match(a, b)
 
 
