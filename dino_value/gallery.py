@@ -22,14 +22,20 @@ from dino_value.steer import Steer
 SHOWN = 6  # images
 
 
-def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
-    """Images uint8 [n 3 H W] of the run's labelled validation split; None where it names none."""
+def held_out_images(config: Config, count: int = SHOWN, size: int | None = None) -> Tensor | None:
+    """Images uint8 [n 3 size size] of the run's labelled validation split, by default as large as its views; None where
+    it names none.
+
+    Raises:
+        UserError: they are not there, or cannot be read.
+    """
+    size = size or config.views.global_size
     for layout, root in (("ade20k", config.data.ade20k), ("nyuv2", config.data.nyuv2)):
         if root is None:
             continue
         skip = config.data.skip_unreadable
         source = open_labelled(layout, root, "validation", check_pairs=not skip)  # type: ignore[arg-type]
-        items = LabelledDataset(source, size=(config.views.global_size, config.views.global_size))
+        items = LabelledDataset(source, size=(size, size))
         return torch.stack(some_items(lambda index: items[index, 0][0], len(items), count, skip))  # noqa: B023
     return None
 
