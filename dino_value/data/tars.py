@@ -130,7 +130,7 @@ def list_members(path: str | Path, field: str | None = None) -> list[TarMember]:
         looked = f"looked for {', '.join(wanted)}; fields there: {fields}"
         raise UserError(f"{path}: no images in {len(shards)} shards ({looked}); {advice}")
     if len(members) < samples:
-        missing = f"{samples - len(members)} of {samples} samples have no {' or '.join(wanted)} and are not read"
+        missing = f"{samples - len(members)} of {samples} samples have none of {', '.join(wanted)} and are not read"
         warnings.warn(f"{path}: {missing} (fields there: {fields}); {advice}", stacklevel=2)
     return members
 
