@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dino_value.errors import (
+    EXIT_FAULT,
     EXIT_LOST,
     EXIT_RESUMABLE,
     EXIT_USER,
@@ -53,7 +55,7 @@ def _short_warnings() -> Iterator[None]:
 
 def exit_code(command: Callable[[], int]) -> int:
     """Run `command`; its exit code, or after one line on stderr 2 (the user's mistake), 1 (another process is
-    gone) or 75 (stopped, resumable)."""
+    gone) or 75 (stopped, resumable); after a traceback 70 (a fault of the program)."""
     try:
         with _short_warnings():
             return command()
@@ -62,7 +64,7 @@ def exit_code(command: Callable[[], int]) -> int:
         return EXIT_USER
     except OSError as error:
         if error.errno not in _DISK | _GONE:
-            raise
+            return _fault()
         where = f"{error.filename}: " if error.filename else ""
         advice = "the file system is gone" if error.errno in _GONE else "free space or choose another folder"
         print(f"error: {where}{error.strerror}; {advice}", file=sys.stderr)
@@ -76,3 +78,11 @@ def exit_code(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(LEFT_AT_ONCE, file=sys.stderr)
         return EXIT_RESUMABLE
+    except Exception:
+        return _fault()
+
+
+def _fault() -> int:
+    """Show the exception at hand. Python's own code for it is 1, which says here that another process is gone."""
+    traceback.print_exc()
+    return EXIT_FAULT

@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("root", metavar="ROOT", help="a data set: a folder, or a pattern of WebDataset shards")
     look.add_argument("--layout", default="auto", choices=CHECK_LAYOUTS, help="how its files lie (default: recognised)")
     look.add_argument("--unlabeled", metavar="PATH", help="also compare this unlabeled stream with the held-out images")
+    look.add_argument("--field", metavar="NAME", help="of shards: which member of a sample is its image (data.field)")
     look.add_argument(
         "--near",
         type=int,
@@ -292,7 +293,7 @@ def _check_data(arguments: argparse.Namespace) -> int:
     from dino_value.data.check import check_data, print_report
     from dino_value.files import write_json
 
-    report = check_data(arguments.root, arguments.layout, arguments.unlabeled, arguments.near)
+    report = check_data(arguments.root, arguments.layout, arguments.unlabeled, arguments.near, arguments.field)
     if arguments.json is not None:
         try:
             write_json(arguments.json, report.as_json())

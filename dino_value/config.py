@@ -36,6 +36,9 @@ class DataConfig:
     """Where images and labels come from. `scenes` in place of a path is the embedded data set."""
 
     unlabeled: str = MISSING  # a folder of images, nested or not, or of WebDataset shards; or a pattern of them
+    field: str | None = (
+        None  # of shards: a sample's image, "input.jpg" or "jpg;img"; null: the first of jpg, jpeg, png, …
+    )
     ade20k: str | None = None  # ADEChallengeData2016
     nyuv2: str | None = None  # the folder of nyu_depth_v2_labeled.mat and splits.mat, or of lists of pairs
     classes: str | None = None  # a folder with train/ and val/, one sub-folder of images a class

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 EXIT_DONE = 0
 EXIT_LOST = 1  # another process of the group is gone
 EXIT_USER = 2
+EXIT_FAULT = 70  # EX_SOFTWARE of sysexits.h: a fault of the program, with its traceback
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 LEFT_AT_ONCE = "stopped at once: what came after the last checkpoint is not kept"

@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from dino_value.backbones import Backbone, load_backbone
+from dino_value.backbones import Backbone, load_backbone, write_weights
 from dino_value.errors import UserError
 from dino_value.export_hf import to_hf
 from dino_value.export_meta import pixels, tensors_of, to_torchhub
 from dino_value.files import write_json, write_text
 from dino_value.model_card import model_card
-from dino_value.weight_files import with_checksum
 
 FORMATS = ("timm", "hf", "torchhub")
 TOLERANCE = 1e-5
@@ -121,5 +119,5 @@ def to_timm(backbone: Backbone, folder: Path) -> nn.Module:
     }
     write_json(folder / "config.json", config)
     tensors = tensors_of(backbone)
-    save_file(tensors, folder / "model.safetensors", metadata=with_checksum(tensors, {"format": "pt"}))
+    write_weights(folder / "model.safetensors", tensors, {"format": "pt"})
     return Backbone(backbone.name, timm.create_model(f"local-dir:{folder}", pretrained=True), backbone.kwargs)

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dino_value.backbones import Backbone, Features
+from dino_value.backbones import Backbone, Features, write_weights
 from dino_value.errors import UserError
 from dino_value.export_meta import heads, official, pixels
 from dino_value.files import write_json
-from dino_value.weight_files import with_checksum
 
 
 def to_hf(backbone: Backbone, folder: Path) -> nn.Module:
@@ -49,7 +47,7 @@ def to_hf(backbone: Backbone, folder: Path) -> nn.Module:
     if not config.get("query_bias", True):  # DINOv3's, that our model does without
         tensors = {name: value for name, value in tensors.items() if not name.endswith("qkv.bias")}
     tensors = dict(_hf_tensors(layout, tensors))
-    save_file(tensors, folder / "model.safetensors", metadata=with_checksum(tensors, {"format": "pt"}))
+    write_weights(folder / "model.safetensors", tensors, {"format": "pt"})
     more = {"add_pooling_layer": False} if layout == "dino" else {}
     model_class = getattr(transformers, config["architectures"][0])
     try:

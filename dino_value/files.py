@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +17,40 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; after the block its content is on the disk and takes the place of `path` in
     one step. A kill, a full disk or an error leaves the old file or the new one; `sweep` removes what a kill leaves.
+    The file's mode is what the umask asks for, whatever wrote it.
 
     Raises:
         OSError: the disk refused it; nothing is left of the attempt.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = _mode(temporary)
         yield temporary
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)  # the new name itself
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give a folder and all in it the modes that the umask asks for: some libraries write for their owner alone.
+
+    Raises:
+        OSError: the disk refused it.
+    """
+    probe = folder / f".umask.{os.getpid()}"
+    probe.touch()
+    mode = _mode(probe)
+    probe.unlink()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)  # a folder that may be read may be entered
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def _flush(path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dino_value.backbones import Backbone
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config
-from dino_value.data.labelled import LabelledDataset
+from dino_value.data.labelled import LabelledDataset, some_items
 from dino_value.data.layouts import open_labelled
 from dino_value.designers import fill_in, learned_views
 from dino_value.label_kinds import KINDS
@@ -26,16 +26,21 @@ from dino_value.steps import Views, evaluating
 SHOWN = 6  # images
 
 
-def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
-    """Images uint8 [n 3 H W] of the run's labelled validation split; None where it names none."""
+def held_out_images(config: Config, count: int = SHOWN, size: int | None = None) -> Tensor | None:
+    """Images uint8 [n 3 size size] of the run's labelled validation split, by default as large as its views; None where
+    it names none.
+
+    Raises:
+        UserError: they are not there, or cannot be read.
+    """
+    size = size or config.views.global_size
     for kind, root in config.labels.items():
         if root is None:
             continue
-        source = open_labelled(KINDS[kind].layout, root, "validation")
-        size = (config.views.global_size, config.views.global_size)
-        shown = range(0, len(source), max(1, len(source) // count))[:count]
-        images, _ = LabelledDataset(source, shown, size=size).batch(range(len(shown)))
-        return images
+        skip = config.data.skip_unreadable
+        source = open_labelled(KINDS[kind].layout, root, "validation", check_pairs=not skip)
+        items = LabelledDataset(source, size=(size, size))
+        return torch.stack(some_items(lambda index: items[index, 0][0], len(items), count, skip))  # noqa: B023
     return None
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dino_value.backbones import Backbone
 from dino_value.config import Config
-from dino_value.data import scenes
-from dino_value.data.folders import list_images, open_imagefolder, read_image
-from dino_value.data.labelled import LabelledDataset, LabelledSource, cover_image
+from dino_value.data import scenes, unlabeled_files
+from dino_value.data.folders import open_imagefolder, read_image
+from dino_value.data.labelled import LabelledDataset, LabelledSource, cover_image, some_items, spread
 from dino_value.errors import UserError
 from dino_value.eval.knn import knn_predict
 
@@ -69,15 +69,17 @@ class Checkup:
     """
 
     def __init__(self, config: Config) -> None:
-        health, size = config.health, config.views.global_size
-        self.images = unlabeled_images(config.data.unlabeled, health.images, size)
+        health, size, data = config.health, config.views.global_size, config.data
+        self.images = unlabeled_images(data.unlabeled, health.images, size, data.skip_unreadable, data.field)
         self.train: Labelled | None = None
         if health.knn is None:
             return
         try:
             train, validation = open_splits(health.knn)
             self.classes = train.num_classes
-            self.train, self.queries = (kept(split, health.knn_images, size) for split in (train, validation))
+            self.train, self.queries = (
+                kept(split, health.knn_images, size, data.skip_unreadable) for split in (train, validation)
+            )
         except UserError as error:
             raise UserError(f"health.knn: {error}") from None
         if len(self.train.labels) < NEIGHBOURS:
@@ -103,19 +105,25 @@ class Checkup:
         return found
 
 
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of the indices below `count`, evenly spaced: of a sorted list, some of every folder."""
-    most = min(count, most)
-    return [index * count // most for index in range(most)]
+def unlabeled_images(
+    path: str, most: int, size: int, skip_unreadable: bool = False, field: str | None = None
+) -> Tensor:
+    """Images of the unlabeled data, whole or cropped at the centre, uint8 [n 3 size size]; the same at every call.
 
+    They are found and read as the training's: see `data.open_views` for `path`, `skip_unreadable` and `field`.
 
-def unlabeled_images(path: str, most: int, size: int) -> Tensor:
-    """Images of the unlabeled data, whole or cropped at the centre, uint8 [n 3 size size]; the same at every call."""
+    Raises:
+        UserError: there are none, or one cannot be read.
+    """
     if path in ("scenes", "scenes/clean"):
         split = scenes.scenes("unlabeled" if path == "scenes" else "clean", size)
         return split.images[torch.tensor(spread(len(split.images), most))]
-    paths = list_images(path)
-    return torch.stack([cover_image(read_image(paths[index]), (size, size)) for index in spread(len(paths), most)])
+    files = unlabeled_files(path, field)
+
+    def load(index: int) -> Tensor:
+        return cover_image(read_image(files[index]), (size, size))
+
+    return torch.stack(some_items(load, len(files), most, skip_unreadable))
 
 
 def open_splits(path: str) -> tuple[LabelledSource, LabelledSource]:
@@ -125,10 +133,15 @@ def open_splits(path: str) -> tuple[LabelledSource, LabelledSource]:
     return open_imagefolder(path, "training"), open_imagefolder(path, "validation")
 
 
-def kept(source: LabelledSource, most: int, size: int) -> Labelled:
-    """At most `most` items of a source, evenly spaced, in memory."""
-    chosen = LabelledDataset(source, spread(len(source), most), size=(size, size))
-    return Labelled(*chosen.batch(range(len(chosen))))
+def kept(source: LabelledSource, most: int, size: int, skip_unreadable: bool = False) -> Labelled:
+    """At most `most` items of a source, evenly spaced, in memory.
+
+    Raises:
+        UserError: as `some_items`.
+    """
+    items = LabelledDataset(source, size=(size, size))
+    images, labels = zip(*some_items(lambda index: items[index, 0], len(items), most, skip_unreadable), strict=True)
+    return Labelled(torch.stack(images), torch.stack(labels))
 
 
 class Event(NamedTuple):

@@ -133,15 +133,21 @@ def read_point(place: Path, name: str, settings: dict[str, Any] | None = None) -
     if (place / "config.yaml").is_file():
         loaded = OmegaConf.to_container(OmegaConf.load(place / "config.yaml"))
         config = {str(key): value for key, value in loaded.items()} if isinstance(loaded, dict) else {}
-    weights = place / WEIGHTS_NAME
-    header = (read_header(weights) if weights.is_file() else None) or {}
-    kind = STEP0 if header.get("step") == "0" else str(config.get("method", "run"))
+    kind = STEP0 if untouched(place) else str(config.get("method", "run"))
     if settings is None and kind not in (STEP0, BASELINE):
         feedback = config.get("feedback", {})
         settings = {f"feedback.{task}.weight": feedback.get(task, {}).get("weight") for task in ("seg", "depth")}
         settings["designer.name"] = config.get("designer", {}).get("name")
     settings = {key: value for key, value in (settings or {}).items() if value is not None}
     return Point(name, kind, metrics, settings, protocol)
+
+
+def untouched(place: Path) -> bool:
+    """Whether a folder holds the weights of step 0, as a sweep's reference does; False where they cannot be read."""
+    try:
+        return (read_header(place / WEIGHTS_NAME) or {}).get("step") == "0"
+    except UserError:
+        return False
 
 
 def differing_protocols(points: Sequence[Point], axes: Sequence[Axis]) -> list[str]:

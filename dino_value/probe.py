@@ -172,7 +172,8 @@ class _Probe:
         }
         self.random = random_like(self.g_down, generator(seed, "probe direction"))
         self.held = [_Held(run, steer, task) for task in targets]
-        views = open_views(config.data.unlabeled, config.views, config.data.in_memory, config.data.skip_unreadable)
+        reading = (config.data.in_memory, config.data.skip_unreadable, config.data.field)
+        views = open_views(config.data.unlabeled, config.views, *reading)
         images = {task.source.name(i) for task in steer.feedback for i in task.meta_indices + task.held_indices}
         size = what.batch or config.optim.batch_size
         self.stream = Stream(views.without(images), size, seed, "probe")

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from dino_value.config import Config
-from dino_value.distributed import own_device
+from dino_value.distributed import own_device, world
 from dino_value.errors import EXIT_RESUMABLE, LEFT_AT_ONCE, UserError
 
 GRACE = 1.0  # seconds that a process told to leave at once has to leave by itself
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def choose_device(name: str) -> torch.device:
@@ -55,27 +56,53 @@ def bfloat16(precision: str, device: torch.device) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
+class Stops:
+    """Whether SIGTERM, SIGINT or SIGUSR2 has come: call it.
+
+    `held` is whether a stop waits until it is asked for, however long that takes: because there is something to save,
+    or nobody who would go on. Before, the process leaves by itself when nobody has asked for a second.
+    """
+
+    def __init__(self, held: bool) -> None:
+        self.held = held
+        self.requested: list[int] = []
+
+    def __call__(self) -> bool:
+        return bool(self.requested)
+
+    def hold(self) -> None:
+        """From here on a stop waits until it is asked for."""
+        self.held = True
+
+    def release(self) -> None:
+        """All is saved: from here on a stop need not wait. Of several processes, all stop at the end of a step."""
+        self.held = world() > 1
+
+
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Any]:
-    """A function that says whether SIGTERM, SIGINT or SIGUSR2 has come; a second SIGINT leaves at once."""
-    requested: list[int] = []
+def stop_requests(held: bool = True) -> Iterator[Stops]:
+    """What says whether SIGTERM, SIGINT or SIGUSR2 has come; a second SIGINT leaves at once.
+
+    Args:
+        held: as in `Stops`; False while a run is set up, which can take hours (listing, decoding, compiling).
+    """
+    stops = Stops(held)
 
     def on_signal(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and signal.SIGINT in requested:
+        if number == signal.SIGINT and signal.SIGINT in stops.requested:
             raise KeyboardInterrupt
-        requested.append(number)
+        stops.requested.append(number)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
     try:
-        before = {number: signal.signal(number, on_signal) for number in numbers}
+        before = {number: signal.signal(number, on_signal) for number in STOPS}
     except ValueError:  # not the main thread: the caller handles signals
-        yield lambda: False
+        yield stops
         return
     # A process inherits its parent's mask, and would never hear what that has blocked.
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     try:
-        with _leaving_at_once():
-            yield lambda: bool(requested)
+        with _leaving_at_once(stops):
+            yield stops
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
@@ -83,16 +110,16 @@ def stop_requests() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _leaving_at_once() -> Iterator[None]:
-    """A second SIGINT ends the process although the main thread is busy: Python's handlers wait until it comes back
-    from torch, and a backward pass of a large model is one call."""
+def _leaving_at_once(stops: Stops) -> Iterator[None]:
+    """A second SIGINT, or any stop that is not held, ends the process although the main thread is busy: Python's
+    handlers wait until it comes back from torch, and a backward pass of a large model is one call."""
     over = threading.Event()
     heard, told = socket.socketpair()
     told.setblocking(False)
 
     def listen() -> None:
         count = 0
-        while count < 2:
+        while True:
             numbers = heard.recv(64)
             if not numbers:  # the other end is closed
                 return
@@ -100,9 +127,10 @@ def _leaving_at_once() -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     os.write(before, numbers)
             count += numbers.count(signal.SIGINT)
-        if not over.wait(GRACE):
-            os.write(2, f"{LEFT_AT_ONCE}\n".encode())
-            os._exit(EXIT_RESUMABLE)
+            unheld = not stops.held and not set(STOPS).isdisjoint(numbers)
+            if (unheld or count > 1) and not over.wait(GRACE) and (not stops.held or count > 1):
+                os.write(2, f"{LEFT_AT_ONCE}\n".encode())
+                os._exit(EXIT_RESUMABLE)
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)
     before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)

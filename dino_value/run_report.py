@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,7 +20,7 @@ from dino_value.config import Config, load_config
 from dino_value.errors import UserError
 from dino_value.gallery import SHOWN, held_out_images, masked, moved, patch_map
 from dino_value.language.config import LanguageConfig, load_language_config
-from dino_value.pareto import DEFAULT, Axis, draw, find_points, pareto
+from dino_value.pareto import DEFAULT, STEP0, Axis, draw, find_points, pareto, untouched
 from dino_value.report.drawing import Figure, Panel
 from dino_value.report.figures import (
     curves_figure,
@@ -31,8 +32,9 @@ from dino_value.report.figures import (
 )
 from dino_value.report.history import efficiency_figure, mask_history_figure, probe_history_figure, spent
 from dino_value.report.page import Report, Table, write_report
-from dino_value.track import read_metrics
+from dino_value.track import METRICS_NAME, read_metrics
 
+Drawn = TypeVar("Drawn")
 Settings = Config | LanguageConfig
 
 CURVES = (
@@ -68,24 +70,26 @@ def report_runs(places: Sequence[Path], path: Path) -> Path:
             seed are shown as arms with paired seeds; a sweep adds its Pareto front and, where it is all that is given,
             the runs on it.
 
+    What cannot be drawn, because data or weights have moved or are damaged, is left out, and the page says so.
+
     Raises:
-        UserError: not a run folder; a data set of the run that has moved.
+        UserError: not a run folder, or a sweep without a run to show.
     """
+    missing: list[str] = []
     sweeps = [place for place in places if (place / "trials").is_dir()]
     front = pareto_figure([*places], required=bool(sweeps))
-    runs = [place for place in places if place not in sweeps] or frontier_runs(sweeps)
+    runs = [place for place in places if place not in sweeps] or frontier_runs(sweeps, missing)
     configs = {run: _config(run) for run in runs}
     arms = arms_of_runs(configs)
     first = configs[runs[0]]
     results = evaluated(arms)
     figures = [results_figure(results)] if results is not None and len(runs) > 1 else []  # a lone dot shows nothing
     figures += [front] if front else []
-    figures.append(curves_figure(arms, CURVES))
+    logged = {arm: found for arm, folders in arms.items() if (found := [run for run in folders if _logged(run)])}
+    figures += [curves_figure(logged, CURVES)] if logged else []
     figures += [figure for figure in (efficiency(arms, configs),) if figure is not None]
     figures += _probes(arms)
-    images = held_out_images(first) if isinstance(first, Config) else None
-    if images is not None:
-        figures += _galleries(arms, images)
+    figures += _galleries(arms, configs, missing)
     figures += [figure for arm, folders in arms.items() if (figure := pictures_figure(arm, folders[0])) is not None]
     about = _json(runs[0] / "environment.json")
     page = Report(
@@ -94,7 +98,7 @@ def report_runs(places: Sequence[Path], path: Path) -> Path:
         results=results,
         tables=[cost] if (cost := cost_table(arms)) else [],
         figures=figures,
-        notes=_notes(arms),
+        notes=[*missing, *_notes(arms)],
         settings=_settings(first),
         commands=[command for run in runs for command in _commands(run)],
         environment=_environment(about),
@@ -118,7 +122,7 @@ def arms_of_runs(configs: Mapping[Path, Settings]) -> dict[str, list[Path]]:
     """Runs by method, in the order of their seeds, if every method has the same seeds; else each run by its name."""
     by_method: dict[str, dict[int, Path]] = {}
     for run, config in configs.items():
-        by_method.setdefault(config.method, {})[config.seed] = run
+        by_method.setdefault(_method(run, config), {})[config.seed] = run
     paired = len({frozenset(seeds) for seeds in by_method.values()}) == 1
     if paired and sum(map(len, by_method.values())) == len(configs):
         return {method: [seeds[seed] for seed in sorted(seeds)] for method, seeds in by_method.items()}
@@ -126,6 +130,11 @@ def arms_of_runs(configs: Mapping[Path, Settings]) -> dict[str, list[Path]]:
     if len(set(names)) < len(names):
         names = [str(run) for run in configs]
     return {name: [run] for name, run in zip(names, configs, strict=True)}
+
+
+def _method(run: Path, config: Settings) -> str:
+    """What a run did; of a sweep's untouched start `step0`, whatever its settings."""
+    return "step0" if untouched(run) else config.method
 
 
 def evaluated(arms: Mapping[str, Sequence[Path]]) -> dict[str, Any] | None:
@@ -153,15 +162,46 @@ def _metrics(run: Path) -> dict[str, float]:
     return found
 
 
-def _galleries(arms: Mapping[str, Sequence[Path]], images: Tensor) -> list[Figure]:
+def _galleries(
+    arms: Mapping[str, Sequence[Path]], configs: Mapping[Path, Settings], missing: list[str]
+) -> list[Figure]:
+    """Masks and features of each arm's first seed, over images of the first run's data as large as the arm's views."""
+    first = next(iter(configs.values()))
+    if not isinstance(first, Config):
+        return []
     finished = {arm: folders[0] for arm, folders in arms.items() if (folders[0] / WEIGHTS_NAME).is_file()}
-    figures, last, history = [], dict[str, tuple[Tensor, Tensor]](), dict[str, dict[int, Tensor]]()
+    by_size: dict[int, dict[str, Path]] = {}
     for arm, run in finished.items():
-        moments = {step: found for step, path in _moments(run).items() if (found := masked(run, images, path))}
+        config = configs[run]
+        if isinstance(config, Config):
+            by_size.setdefault(config.views.global_size, {})[arm] = run
+    figures, shown, features = list[Figure](), None, dict[str, Tensor]()
+    for size, group in by_size.items():
+        images = _tried("masks and features", missing, lambda size=size: held_out_images(first, size=size))
+        if images is None:
+            continue
+        found = _mask_figures(group, images, missing)
+        figures += found if shown is None else [_renamed(figure, size) for figure in found]
+        shown = images if shown is None else shown
+        for arm, run in group.items():
+            maps = _tried(f"features of {arm}", missing, lambda: patch_map(load_backbone(run), images))  # noqa: B023
+            features |= {} if maps is None else {arm: maps}
+    return [*figures, pca_figure(shown, features)] if shown is not None and features else figures
+
+
+def _mask_figures(runs: Mapping[str, Path], images: Tensor, missing: list[str]) -> list[Figure]:
+    """The last masks of each arm, and how they came about."""
+    last, history = dict[str, tuple[Tensor, Tensor]](), dict[str, dict[int, Tensor]]()
+    for arm, run in runs.items():
+        moments: dict[int, tuple[Tensor, Tensor]] = {}
+        for step, path in _moments(run).items():
+            found = _tried(f"masks of {arm}", missing, lambda: masked(run, images, path))  # noqa: B023
+            moments |= {} if found is None else {step: found}
         if moments:
             last[arm] = moments[max(moments)]
         if len(moments) > 1:
             history[arm] = {step: masks for step, (masks, _) in moments.items()}
+    figures = []
     if last:
         masks, views = ({arm: found[part] for arm, found in last.items()} for part in (0, 1))
         figures.append(masks_figure(images, masks, views))
@@ -169,13 +209,28 @@ def _galleries(arms: Mapping[str, Sequence[Path]], images: Tensor) -> list[Figur
         few = 4  # rows: the pictures of one moment are small enough already
         shown = {arm: {step: masks[:few] for step, masks in moments.items()} for arm, moments in history.items()}
         figures.append(mask_history_figure(images[:few], shown))
-    maps = {arm: found for arm, run in finished.items() if (found := moved(run, images)) is not None}
+    maps: dict[str, Tensor] = {}
+    for arm, run in runs.items():
+        drawn = _tried(f"targets of {arm}", missing, lambda: moved(run, images))  # noqa: B023
+        maps |= {} if drawn is None else {arm: drawn}
     if maps:
         figures.append(targets_figure(images, maps))
-    if finished:
-        features = {arm: patch_map(load_backbone(run), images) for arm, run in finished.items()}
-        figures.append(pca_figure(images, features))
     return figures
+
+
+def _tried(what: str, missing: list[str], draw: Callable[[], Drawn]) -> Drawn | None:
+    """What `draw` gives; where it cannot, nothing, and why is noted once."""
+    try:
+        return draw()
+    except UserError as error:
+        text = f"Left out: {what}. {error}"
+        missing += [] if text in missing else [text]
+        return None
+
+
+def _renamed(figure: Figure, size: int) -> Figure:
+    """The figure of arms whose views have another size than the first one's."""
+    return dataclasses.replace(figure, name=f"{figure.name}_{size}", title=f"{figure.title}, {size} pixels")
 
 
 def _moments(run: Path) -> dict[int, Path]:
@@ -254,12 +309,24 @@ def pareto_figure(places: Sequence[Path], required: bool) -> Figure | None:
     return Figure("pareto", "Pareto front", caption, [Panel("pareto", draw(found), alt)])
 
 
-def frontier_runs(sweeps: Sequence[Path]) -> list[Path]:
-    """Folders of the trials on the sweeps' fronts, at most FRONT."""
-    runs = []
+def frontier_runs(sweeps: Sequence[Path], missing: list[str]) -> list[Path]:
+    """Folders of the runs on the sweeps' fronts, at most FRONT; where nothing trained is on one, those behind it too.
+
+    Raises:
+        UserError: no sweep has a run left.
+    """
+    runs: list[Path] = []
     for sweep in sweeps:
-        front = pareto(find_points([sweep]), (Axis(DEFAULT[0]), Axis(DEFAULT[1]))).front
-        runs += [sweep / point.name for point in front if (sweep / point.name / "config.yaml").is_file()]
+        points = pareto(find_points([sweep]), (Axis(DEFAULT[0]), Axis(DEFAULT[1]))).points  # best first
+        there = [point for point in points if (sweep / point.name / "config.yaml").is_file()]
+        front = [point for point in there if point.frontier]
+        if any(point.kind != STEP0 for point in front):
+            there = front
+        else:
+            missing.append(f"No trained run of {sweep} is on its Pareto front; those behind it are shown.")
+        runs += [sweep / point.name for point in there]
+    if not runs:
+        raise UserError(f"{sweeps[0]}: no run folder is left in this sweep; give runs, or the sweep as it was")
     return runs[:FRONT]
 
 
@@ -276,7 +343,7 @@ def pictures_figure(arm: str, run: Path) -> Figure | None:
 
 def _summary(configs: Mapping[Path, Settings]) -> str:
     first = next(iter(configs.values()))
-    methods = ", ".join(sorted({config.method for config in configs.values()}))
+    methods = ", ".join(sorted({_method(run, config) for run, config in configs.items()}))
     steps = " and ".join(map(str, sorted({config.steps for config in configs.values()})))
     if isinstance(first, LanguageConfig):
         o, model = first.optim, "random weights of " * first.learner.random_weights + first.learner.model
@@ -320,6 +387,10 @@ def _notes(arms: Mapping[str, Sequence[Path]]) -> list[str]:
         for row in read_metrics(folders[0])
         if "event" in row
     ]
+
+
+def _logged(run: Path) -> bool:
+    return (run / METRICS_NAME).is_file()
 
 
 def _steps(run: Path) -> int:

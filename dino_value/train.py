@@ -50,7 +50,7 @@ from dino_value.optim import (
     parameter_groups,
 )
 from dino_value.parts import WHOLE
-from dino_value.process import choose_device, stop_requests, use_bfloat16
+from dino_value.process import Stops, choose_device, stop_requests, use_bfloat16
 from dino_value.replay_file import save_replay
 from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.sharding import Plain, check_sharding, collect, full, shard, spread_state
@@ -89,7 +89,7 @@ def train(
         Interrupted: a signal asked to stop; everything is saved.
         ProcessLost: another of several processes is gone.
     """
-    with distributed.joined(config), stop_requests() as stopping:
+    with distributed.joined(config), stop_requests(held=False) as stopping:
         return _train(config, quiet or not distributed.is_first(), override, until, evaluate, stopping)
 
 
@@ -99,7 +99,7 @@ def _train(
     override: bool,
     until: int | None,
     evaluate: Evaluate | None,
-    stopping: Callable[[], bool],
+    stopping: Stops,
 ) -> Path:
     folder, first = Path(config.out), distributed.is_first()
     check_trackers(config.track)
@@ -154,6 +154,7 @@ def _train(
     ):
         for large, small in clock.waiting(run.stream.iterate(run.step, end)):
             run.learner_update(large, small)
+            stopping.hold()  # there is a step to save
             reporter.advance(run.step)
             while run.steer is not None and run.steer.notes:
                 reporter.note(run.steer.notes.pop(0))
@@ -192,8 +193,11 @@ def _train(
             stop, due = distributed.anywhere(stopping()), run.step % config.checkpoint.every == 0 or run.step == end
             if due:
                 run.best.judge(run.step)
-            if due or stop:
+            first_update = run.steer is not None and run.step == config.value.burn_in  # is next, and may take long
+            if due or stop or first_update:
                 run.save(folder)
+                if not config.checkpoint.background:
+                    stopping.release()
             if due and metrics is not None:
                 metrics.pictures(run.step, lambda: mask_pictures(config, run.steer))
             if stop and run.step < end:
@@ -241,8 +245,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, fused=True)
 
         workers = 0 if config.data.in_memory else config.data.workers
-        in_memory, skip = config.data.in_memory, config.data.skip_unreadable
-        sources = open_views(config.data.unlabeled, config.views, in_memory, skip)
+        reading = (config.data.in_memory, config.data.skip_unreadable, config.data.field)
+        sources = open_views(config.data.unlabeled, config.views, *reading)
         self.meters = Meters()
         self.guard = FiniteGuard(config.optim.skip_nonfinite)
         self.best = Best(config.checkpoint.best, config.checkpoint.best_mode)
@@ -268,7 +272,7 @@ class Run:
             if config.designs and config.designer.closed_form == "best_of_n":
                 count = config.views.local_count * config.designer.candidates
                 drawn = dataclasses.replace(config.views, local_count=count)
-                sources = open_views(config.data.unlabeled, drawn, in_memory, skip)
+                sources = open_views(config.data.unlabeled, drawn, *reading)
         self.stream = Stream(sources, config.optim.batch_size, config.seed, "unlabeled", workers, self.part)
 
     def learner_update(self, large: Tensor, small: Tensor) -> None:

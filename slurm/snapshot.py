@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def frozen_copy(folder: Path) -> Path:
     target = folder / digest()
     if target.is_dir():
         return target
-    temporary = Path(tempfile.mkdtemp(prefix=".", dir=folder))
+    temporary = folder / f".{target.name}.{os.getpid()}"
     try:
         for name, source in package_folders():
             shutil.copytree(source, temporary / name, ignore=_LEFT_OUT, dirs_exist_ok=True)

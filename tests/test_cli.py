@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -19,8 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dino_value import __version__, cli
+from dino_value.arguments import exit_code
 from dino_value.backbones import create_backbone, save_backbone
-from dino_value.train import Run
+from dino_value.config import Config
+from dino_value.errors import EXIT_FAULT
+from dino_value.export import export
+from dino_value.train import Run, train
 
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 Refused = Callable[..., str]
@@ -331,3 +337,38 @@ def test_a_stopped_run_is_resumable(tiny_yaml: Path, out: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert (again.returncode, again.stdout) == (0, f"{out}\n")
     assert (out / "checkpoints" / "step_00000100.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of luck"), OSError(errno.EINVAL, "Invalid argument"), KeyError("k")]
+)
+def test_a_fault_of_the_program_has_a_code_of_its_own(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    """1 says that another process is gone, and nothing else does."""
+
+    def fail() -> int:
+        raise error
+
+    assert exit_code(fail) == EXIT_FAULT == 70
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert str(error) in said
+
+
+@pytest.mark.parametrize(
+    ("umask", "mode", "folders"), [(0o022, 0o644, 0o755), (0o007, 0o660, 0o770), (0o077, 0o600, 0o700)]
+)
+def test_files_follow_the_umask(
+    tiny: Callable[..., Config], tmp_path: Path, umask: int, mode: int, folders: int
+) -> None:
+    """Whatever library wrote them: safetensors writes for its owner alone."""
+    before = os.umask(umask)
+    try:
+        run = train(tiny("method=baseline", "steps=1", f"out={tmp_path / 'run'}"), quiet=True)
+        export(run, "timm", tmp_path / "export")
+    finally:
+        os.umask(before)
+    for place in (run, tmp_path / "export"):
+        found = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (place, *place.rglob("*"))}
+        wanted = {path.name: folders if path.is_dir() else mode for path in (place, *place.rglob("*"))}
+        assert found == wanted
+    assert {"backbone.safetensors", "step_00000001.pt"} <= {path.name for path in run.rglob("*")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config
 from dino_value.data import scenes as scenes_module
 from dino_value.data.folders import read_image
-from dino_value.data.labelled import cover_image
+from dino_value.data.labelled import cover_image, spread
 from dino_value.data.scenes import scenes
 from dino_value.errors import Interrupted, UserError
 from dino_value.health import (
@@ -28,7 +29,6 @@ from dino_value.health import (
     kept,
     open_splits,
     rankme,
-    spread,
     unlabeled_images,
 )
 from dino_value.objectives.dino import DINOLoss
@@ -102,6 +102,73 @@ def test_a_checkup_is_of_fixed_images(tiny: Make, classes: Path, tiny_data: Path
     assert found["center_norm"] == pytest.approx(math.sqrt(16 * 0.25))
     assert found["knn_top1"] == 1.0  # colours, which any ViT's features carry
     assert checkup.measure(run.teacher.backbone, run.loss.center) == found
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.fixture
+def nine(tmp_path: Path) -> Path:
+    """Nine images of noise."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "nine").mkdir()
+    for index in range(9):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path / "nine" / f"{index}.png")
+    return tmp_path / "nine"
+
+
+def test_unlabeled_images_that_training_skips_are_skipped(tiny: Make, nine: Path) -> None:
+    """The next that can be read, and is not measured anyway, takes the place; else the run would end."""
+    given = ["method=baseline", "health.every=1", "health.images=3", f"data.unlabeled={nine}"]
+    whole = {index: cover_image(read_image(nine / f"{index}.png"), (16, 16)) for index in range(9)}
+    for index in (3, 4, 6, 8):
+        damage(nine / f"{index}.png")
+    with pytest.raises(UserError, match=r"3\.png: cannot be read as an image"):
+        Checkup(tiny(*given))
+    checkup = Checkup(tiny(*given, "data.skip_unreadable=true"))
+    assert torch.equal(checkup.images, torch.stack([whole[index] for index in (0, 5, 7)]))
+    all_of_them = Checkup(tiny(*given, "data.skip_unreadable=true", "health.images=256"))
+    assert torch.equal(all_of_them.images, torch.stack([whole[index] for index in (0, 1, 2, 5, 7)]))
+    for index in range(9):
+        damage(nine / f"{index}.png")
+    with pytest.raises(UserError, match="none of 9 images can be read"):
+        Checkup(tiny(*given, "data.skip_unreadable=true"))
+
+
+def test_labelled_images_that_training_skips_are_skipped(tiny: Make, classes: Path) -> None:
+    given = ["method=baseline", "health.every=1", f"health.knn={classes}"]
+    for path in (classes / "train/red/05.png", classes / "val/blue/01.png"):
+        damage(path)
+    with pytest.raises(UserError, match=r"health\.knn: .*05\.png: cannot be read as an image"):
+        Checkup(tiny(*given))
+    checkup = Checkup(tiny(*given, "data.skip_unreadable=true"))
+    assert checkup.train is not None
+    assert checkup.train.labels.tolist() == [0] * 14 + [1] * 13  # blue is class 0
+    assert checkup.queries.labels.tolist() == [0] * 2 + [1] * 3
+
+
+@pytest.mark.parametrize("field", ["png", "view.png"])
+def test_shards_are_measured_like_the_folder_they_were_made_of(tiny: Make, nine: Path, field: str) -> None:
+    pytest.importorskip("webdataset")
+    given = ["method=baseline", "health.every=1", "health.images=4"]
+    folder = Checkup(tiny(*given, f"data.unlabeled={nine}"))
+    (nine.parent / "shards").mkdir()
+    for start in (0, 5):
+        with tarfile.open(nine.parent / "shards" / f"{start}.tar", "w") as shard:
+            for path in sorted(nine.iterdir())[start : start + 5 - start // 5]:
+                shard.add(path, f"{path.stem}.{field}")
+    shards = Checkup(tiny(*given, f"data.unlabeled={nine.parent / 'shards'}", f"data.field={field}"))
+    assert torch.equal(shards.images, folder.images)
+
+
+def test_a_run_with_health_goes_on_over_damaged_files(tiny: Make, nine: Path, classes: Path) -> None:
+    damage(nine / "0.png")
+    damage(classes / "val/red/00.png")
+    given = [f"data.unlabeled={nine}", "data.skip_unreadable=true", "steps=2", "health.every=1"]
+    rows = read_metrics(train(tiny("method=baseline", *given, f"health.knn={classes}"), quiet=True))
+    assert {row["unreadable"] for row in rows} <= {0, 1}
+    assert all(row["rankme"] > 1 and 0 <= row["knn_top1"] <= 1 for row in rows)
 
 
 def test_features_in_batches_and_in_float32(tiny: Make) -> None:

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from dino_value.backbones import save_backbone
 from dino_value.cli import main
 from dino_value.config import Config, load_config
+from dino_value.errors import UserError
 from dino_value.files import write_bytes, write_json, write_text
+from dino_value.gallery import held_out_images
 from dino_value.language.arithmetic import write_problems, write_tiny_model
 from dino_value.language.config import load_language_config
 from dino_value.language.train import train as train_language
 from dino_value.report.figures import results_figure
+from dino_value.run_folder import prepare_folder
 from dino_value.run_report import arms_of_runs, evaluated, report_runs
-from dino_value.train import train
+from dino_value.train import Run, train
 
 Make = Callable[..., Config]
 
@@ -39,10 +43,21 @@ checkpoint: {every: 4, export: false}
 
 
 @pytest.fixture
-def runs(tiny: Make, tmp_path: Path) -> list[Path]:
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    """A copy of the data sets, which a test may move."""
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def config_of(tiny: Make, data: Path, *overrides: str) -> Config:
+    places = (f"data.unlabeled={data / 'images'}", f"data.ade20k={data / 'ade'}", f"data.nyuv2={data / 'nyu'}")
+    return tiny(*places, *overrides)
+
+
+@pytest.fixture
+def runs(tiny: Make, data: Path, tmp_path: Path) -> list[Path]:
     found = []
     for method in ("value", "baseline"):
-        folder = train(tiny(f"method={method}", f"out={tmp_path / method}"), quiet=True)
+        folder = train(config_of(tiny, data, f"method={method}", f"out={tmp_path / method}"), quiet=True)
         (folder / "results" / "seg").mkdir(parents=True)
         score = {"evaluation": "seg", "miou": 0.25 if method == "value" else 0.125}
         write_json(folder / "results" / "seg" / "results.json", score)
@@ -135,6 +150,95 @@ def test_three_runs_have_a_pareto_front(runs: list[Path], tmp_path: Path) -> Non
     page = report_runs([sweep], tmp_path / "sweep.html").read_text()
     assert "On the front: trials/0000" in page
     assert "Run 0000" in page  # the only trial on the front
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_front_that_holds_the_untouched_start(runs: list[Path], tmp_path: Path, tiny: Make, alone: bool) -> None:
+    """As a sweep writes it: settings and weights, no step, no row. It is no baseline, and not all there is to show."""
+    sweep = tmp_path / "sweep"
+    (sweep / "trials").mkdir(parents=True)
+    start = Run(tiny(f"out={sweep / 'step0'}", "method=baseline"))
+    prepare_folder(start.config, sweep / "step0")
+    save_backbone(sweep / "step0" / "backbone.safetensors", start.teacher.backbone, {"step": "0"})
+    for number, run in enumerate(runs):
+        shutil.move(run, sweep / "trials" / f"{number:04d}")
+    scores = {"step0": (0.5, 1.0), "trials/0000": (0.25, 2.0 if alone else 0.5), "trials/0001": (0.125, 2.5)}
+    for name, (miou, rmse) in scores.items():
+        for evaluation, score in (("seg", {"miou": miou}), ("depth", {"rmse": rmse})):
+            path = sweep / name / "results" / evaluation / "results.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"evaluation": evaluation, **score})
+    page = report_runs([sweep], tmp_path / "sweep.html").read_text()
+    assert ("No trained run of" in page) == alone
+    assert "step 0" in page
+    assert "50.00" in page
+    assert ("12.50" in page) == alone  # the baseline, behind the front
+    assert "Training curves" in page
+    shutil.rmtree(sweep / "trials")
+    page = report_runs([sweep / "step0"], tmp_path / "start.html").read_text()
+    assert "methods: step0" in page
+    assert "Patch features" in page
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["backbone.kwargs.patch_size=4"],
+        ["views.global_size=24"],
+        ["views.global_size=24", "backbone.kwargs.patch_size=12", "views.local_size=12", "feedback.size=24"],
+    ],
+)
+def test_runs_of_different_grids_have_a_page(runs: list[Path], tiny: Make, tmp_path: Path, other: list[str]) -> None:
+    run = train(tiny(*other, f"out={tmp_path / 'other'}", "seed=3"), quiet=True)
+    for given in ([*runs, run], [run, *runs]):
+        page = report_runs(given, tmp_path / "page.html").read_text()
+        for title in ("What the student sees", "Masks across training", "Patch features"):
+            assert title in page
+            larger = f"{title}, " in page
+            assert larger == ("views.global_size=24" in other and title != "Patch features")
+        assert "Left out" not in page
+        pictures = {path.name for path in (tmp_path / "page_figures").glob("masks*.png")}
+        assert {name.split("-", 1)[1] for name in pictures} == {"value.png", "other.png"}
+
+
+def test_what_cannot_be_drawn_is_left_out_and_said(runs: list[Path], data: Path, tmp_path: Path) -> None:
+    """Data gone, weights gone, weights and a checkpoint damaged: the rest of the page stays."""
+
+    def page() -> str:
+        return report_runs(runs, tmp_path / "page.html").read_text()
+
+    assert "Left out" not in page()
+    (runs[0] / "checkpoints" / "step_00000002.pt").write_bytes(b"torn")
+    found = page()
+    assert found.count("Left out: masks of value.") == 1
+    assert "What the student sees" in found
+    assert "Masks across training" not in found
+    weights = runs[0] / "backbone.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    found = page()
+    assert "Left out: features of value." in found
+    assert "Patch features" in found  # of the other
+    shutil.move(data / "images", data / "elsewhere")
+    found = page()
+    assert "What the student sees" not in found
+    assert "no such folder of images" in found
+    shutil.move(data / "ade", data / "away")
+    shutil.move(data / "nyu", data / "gone")
+    found = page()
+    assert "Left out: masks and features." in found
+    for title in ("Training curves", "Results", "What it cost"):
+        assert title in found
+    assert "Patch features" not in found
+
+
+def test_a_damaged_held_out_image_is_passed_over_where_training_skips(tiny: Make, data: Path, tmp_path: Path) -> None:
+    bad = sorted((data / "ade" / "images" / "validation").iterdir())[0]
+    bad.write_bytes(b"no image")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        held_out_images(config_of(tiny, data))
+    images = held_out_images(config_of(tiny, data, "data.skip_unreadable=true"))
+    assert images is not None
+    assert len(images) == 1
 
 
 def test_a_language_run_has_a_page(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from dino_value.parts import WHOLE, Part
 __all__ = ["SkippingViews", "open_views", "unlabeled_files"]
 
 
-def unlabeled_files(path: str | Path) -> list[Path] | list[TarMember]:
+def unlabeled_files(path: str | Path, field: str | None = None) -> list[Path] | list[TarMember]:
     """The images of a folder, nested or not, or one of every sample in WebDataset shards (a folder of .tar files that
-    holds no images, a pattern, or one file).
+    holds no images, a pattern, or one file); `field` as in `list_members`.
 
     Raises:
         UserError: neither.
@@ -29,17 +29,22 @@ def unlabeled_files(path: str | Path) -> list[Path] | list[TarMember]:
     except UserError:
         if not is_shards(path):
             raise
-    return list_members(path)
+    return list_members(path, field)
 
 
 def open_views(
-    path: str, settings: ViewSettings, in_memory: bool = False, skip_unreadable: bool = False
+    path: str,
+    settings: ViewSettings,
+    in_memory: bool = False,
+    skip_unreadable: bool = False,
+    field: str | None = None,
 ) -> MemoryViews | FolderViews | SkippingViews:
     """The unlabeled stream's source: see `unlabeled_files`; or the embedded `scenes` or `scenes/clean`.
 
     Args:
         in_memory: decode everything once; the images must be of one size.
         skip_unreadable: go on without images that cannot be read, and count them.
+        field: of shards, see `unlabeled_files`.
 
     Raises:
         UserError: no images, or images of several sizes where one is needed.
@@ -49,7 +54,7 @@ def open_views(
 
         split = scenes("unlabeled" if path == "scenes" else "clean", settings.global_size)
         return MemoryViews(split.images, settings)
-    paths = unlabeled_files(path)
+    paths = unlabeled_files(path, field)
     if not in_memory:
         views = FolderViews(paths, settings)  # type: ignore[arg-type]
         return SkippingViews(views) if skip_unreadable else views

@@ -93,7 +93,11 @@ class Seen(NamedTuple):
 
 
 def check_data(
-    root: str, layout: CheckLayout = "auto", unlabeled: str | None = None, near: int | None = None
+    root: str,
+    layout: CheckLayout = "auto",
+    unlabeled: str | None = None,
+    near: int | None = None,
+    field: str | None = None,
 ) -> Report:
     """Read all of a data set once and say what it holds.
 
@@ -103,6 +107,7 @@ def check_data(
         unlabeled: a stream of images to compare with the held-out ones.
         near: perceptual hashes that differ in at most so many bits are near-duplicates; below 0 none are looked for;
             None is `NEAR_BITS`, where imagehash is installed.
+        field: of shards, which member of a sample is its image (`data.field`).
 
     Raises:
         UserError: nothing that can be recognised, or `near` is asked for without imagehash.
@@ -121,7 +126,7 @@ def check_data(
     if chosen == "images" and unlabeled is None:
         notes += inner_sets(root)
     parts, seen = [], {}
-    for name, opener in openers(root, chosen, unlabeled).items():
+    for name, opener in openers(root, chosen, unlabeled, field).items():
         part, found = _inspect(name, opener, look)
         parts.append(part)
         seen[name] = found
@@ -195,13 +200,15 @@ class _Files:
 Opened = LabelledSource | _Files
 
 
-def openers(root: str, layout: CheckLayout, unlabeled: str | None) -> dict[str, Callable[[], Opened]]:
+def openers(
+    root: str, layout: CheckLayout, unlabeled: str | None, field: str | None = None
+) -> dict[str, Callable[[], Opened]]:
     """What opens each part of a data set; held-out parts come after those that teach."""
     found: dict[str, Callable[[], Opened]] = {}
     if unlabeled is not None:
-        found["unlabeled"] = lambda: _Files(unlabeled_files(unlabeled))
+        found["unlabeled"] = lambda: _Files(unlabeled_files(unlabeled, field))
     if layout == "images":
-        found["images"] = lambda: _Files(unlabeled_files(root))
+        found["images"] = lambda: _Files(unlabeled_files(root, field))
     elif layout == "revisited":
         for name in NAMES:
             if any(folder.exists() for folder in (Path(root) / name, Path(root) / f"gnd_{name}.pkl")):

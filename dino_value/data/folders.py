@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dino_value.data.labelled import Kind, Split, file_groups
 from dino_value.data.tars import FORMATS, TarMember
+from dino_value.data.walking import files_below, folders_in
 from dino_value.errors import UserError
 
 EXTENSIONS = frozenset(f".{name}" for name in FORMATS)
@@ -32,7 +33,7 @@ _DECODE_ERRORS = (
 
 
 def list_images(root: str | Path) -> list[Path]:
-    """Every image under `root` and its sub-folders (links are followed), sorted by relative path.
+    """Every image under `root` and its sub-folders (links are followed, each folder once), sorted by relative path.
 
     Raises:
         UserError: no such folder, or no image in it.
@@ -41,10 +42,9 @@ def list_images(root: str | Path) -> list[Path]:
     if not root.is_dir():
         raise UserError(f"{root}: no such folder of images")
     found = [
-        Path(folder, file)
-        for folder, _, files in os.walk(root, followlinks=True)
-        for file in files
-        if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+        Path(file)
+        for file in files_below(root)
+        if os.path.splitext(file)[1].lower() in EXTENSIONS and not os.path.basename(file).startswith(".")
     ]
     if not found:
         raise UserError(f"{root}: no images in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
@@ -187,7 +187,7 @@ def class_folders(root: Path) -> list[str]:
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder of classes")
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = folders_in(root)
     if not names:
         raise UserError(f"{root}: no class folders in it; expected one sub-folder of images per class")
     return names

@@ -7,10 +7,11 @@ and goes on reads the same data.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -193,6 +194,41 @@ def readable(source: LabelledSource) -> Subset:
     if skipped and not kept:
         raise UserError(f"none of {len(skipped)} images can be read; the first: {skipped[0]}")
     return Subset(source, kept, skipped)
+
+
+Item = TypeVar("Item")
+
+
+def some_items(load: Callable[[int], Item], count: int, most: int, skip_unreadable: bool = False) -> list[Item]:
+    """At most `most` of `count` items, evenly spaced: of a sorted list, some of every folder.
+
+    Args:
+        load: gives an item by its index.
+        skip_unreadable: in the place of one that cannot be read take the next that can and is not taken anyway.
+
+    Raises:
+        UserError: of the first that cannot be read; with `skip_unreadable`, none can.
+    """
+    places, items = spread(count, most), list[Item]()
+    spare = set(range(count)).difference(places)
+    for place in places:
+        for index in chain([place], (later for later in range(place + 1, count) if later in spare)):
+            spare.discard(index)
+            try:
+                items.append(load(index))
+                break
+            except UserError:
+                if not skip_unreadable:
+                    raise
+    if not items:
+        raise UserError(f"none of {count} images can be read")
+    return items
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the indices below `count`, evenly spaced."""
+    most = min(count, most)
+    return [index * count // most for index in range(most)]
 
 
 class LabelledDataset:

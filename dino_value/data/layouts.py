@@ -20,6 +20,7 @@ def open_labelled(
     group_pattern: str | None = None,
     neighbours: int = 1,
     skip_unreadable: bool = False,
+    check_pairs: bool = True,
 ) -> LabelledSource:
     """Open one split of a labelled data set.
 
@@ -31,6 +32,7 @@ def open_labelled(
         group_pattern, neighbours: see `file_groups`.
         skip_unreadable: read everything once and leave out what cannot be used: the `Subset` that is returned says
             in `skipped` what and why.
+        check_pairs: refuse files without their other half now, not when they are loaded.
 
     Raises:
         UserError: no such data, or data that does not follow the layout.
@@ -41,11 +43,12 @@ def open_labelled(
         raise UserError(f"unknown split {split!r}; choose training or validation")
     if str(path) == "scenes":
         return scenes.labelled(layout, split)
+    check_pairs = check_pairs and not skip_unreadable
     source: LabelledSource
     if layout == "ade20k":
-        source = ade20k.ADE20K(path, split, group_pattern, neighbours, check_pairs=not skip_unreadable)
+        source = ade20k.ADE20K(path, split, group_pattern, neighbours, check_pairs=check_pairs)
     elif layout == "nyuv2":
-        source = nyuv2.open_nyuv2(path, split, neighbours, check_pairs=not skip_unreadable)
+        source = nyuv2.open_nyuv2(path, split, neighbours, check_pairs=check_pairs)
     else:
         source = folders.open_imagefolder(path, split, group_pattern, neighbours)
     return readable(source) if skip_unreadable else source

@@ -12,16 +12,21 @@ import glob
 import os
 import re
 import tarfile
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from dino_value.data.walking import files_below
 from dino_value.errors import UserError
 
 FORMATS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "gif")
 """Image formats by their extension; of a sample's several images the first in this order is taken."""
+SHOWN = 8  # names of fields in a message
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|Z)|tgz|tbz2|txz)$")
 _META = re.compile(r"(.*/)?__[^/]*__(/|$)")  # members that describe the shard, by webdataset's convention
 
 
@@ -58,24 +63,27 @@ class TarMember:
 
 
 def is_shards(path: str | Path) -> bool:
-    """Whether `path` means shards: a .tar file, a pattern of them, or a folder that holds some."""
+    """Whether `path` means shards: a .tar file, a pattern of them, or a folder that holds some, compressed or not."""
     text = str(path)
     if re.search(r"[*?\[{]", text) and not os.path.exists(text):
-        return ".tar" in text
-    return text.endswith(".tar") or (os.path.isdir(text) and bool(_tars(text)))
+        return bool(re.search(r"\.(tar|tgz)", text))
+    if os.path.isdir(text):
+        return any(_tars(text))
+    return text.endswith(".tar") or bool(_COMPRESSED.search(text))
 
 
 def find_shards(path: str | Path) -> list[str]:
     """The shards that a folder (nested or not), a pattern (`*`, `?`, `{0000..0099}`) or a file name means, in order.
 
     Raises:
-        UserError: none; or an address that is not a local file.
+        UserError: none; or an address that is not a local file; or compressed ones, which nothing can be read from by
+            position.
     """
     text = str(path)
     if re.match(r"(\w+://|pipe:)", text):
         raise UserError(f"{text}: only local shards can be read by position; copy them to a disk first")
     if os.path.isdir(text):
-        found = _tars(text)
+        found, compressed = _tars(text)
     else:
         _, expand = _webdataset()
         try:
@@ -83,30 +91,62 @@ def find_shards(path: str | Path) -> list[str]:
         except Exception as error:  # braceexpand's own, an assertion about a variable
             raise UserError(f"{text}: not a pattern of shards ({error})") from None
         found = [shard for name in names for shard in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
+        compressed = [shard for shard in found if _COMPRESSED.search(shard)]
+    if compressed:
+        raise UserError(
+            f"{compressed[0]}: {len(compressed)} compressed shard{'s' * (len(compressed) > 1)}; members are read by "
+            "position, so unpack them to .tar (gunzip, zstd -d)"
+        )
     if not found:
         raise UserError(f"{text}: no shards (.tar) are found there")
     return found
 
 
-def list_members(path: str | Path) -> list[TarMember]:
-    """One image of every sample in the shards, in the order of the shards.
+def list_members(path: str | Path, field: str | None = None) -> list[TarMember]:
+    """One image of every sample in the shards, in the order of the shards; samples without one are counted in a
+    warning.
+
+    Args:
+        field: which member of a sample is its image, or several of which the first that a sample has is taken, with
+            semicolons as webdataset writes them ("jpg;input.jpg"); by default those of `FORMATS`.
 
     Raises:
         UserError: no shards, no image in them, or a shard that is missing, compressed or cut off; or webdataset is not
             installed.
     """
+    wanted = FORMATS if field is None else tuple(name.strip(" .").lower() for name in field.split(";"))
     shards = find_shards(path)
     key_of, _ = _webdataset()
     with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda shard: _index(shard, key_of), shards))
-    members = [member for part in parts for member in part]
+        parts = list(pool.map(lambda shard: _index(shard, key_of, wanted), shards))
+    members = [member for part in parts for member in part.members]
+    samples = sum(part.samples for part in parts)
+    seen = sum((part.fields for part in parts), Counter[str]())
+    fields = ", ".join(f"{name} ({count})" for name, count in seen.most_common(SHOWN)) or "none"
+    if len(seen) > SHOWN:
+        fields += f" and {len(seen) - SHOWN} more"
+    advice = "data.field=NAME (for data check: --field NAME) says which is the image"
     if not members:
-        raise UserError(f"{path}: no images in {len(shards)} shards (looked for {', '.join(FORMATS)})")
+        looked = f"looked for {', '.join(wanted)}; fields there: {fields}"
+        raise UserError(f"{path}: no images in {len(shards)} shards ({looked}); {advice}")
+    if len(members) < samples:
+        missing = f"{samples - len(members)} of {samples} samples have none of {', '.join(wanted)} and are not read"
+        warnings.warn(f"{path}: {missing} (fields there: {fields}); {advice}", stacklevel=2)
     return members
 
 
-def _index(shard: str, key_of: Callable[[str], tuple[str | None, str | None]]) -> list[TarMember]:
+class _Shard(NamedTuple):
+    """What is in a shard: an image of each sample that has one; how many samples; how often each field occurs."""
+
+    members: list[TarMember]
+    samples: int
+    fields: Counter[str]
+
+
+def _index(shard: str, key_of: Callable[[str], tuple[str | None, str | None]], wanted: Sequence[str]) -> _Shard:
     best: dict[str, tuple[int, TarMember]] = {}
+    keys: set[str] = set()
+    fields = Counter[str]()
     try:
         length = os.path.getsize(shard)
         with tarfile.open(shard, "r:") as file:
@@ -116,18 +156,24 @@ def _index(shard: str, key_of: Callable[[str], tuple[str | None, str | None]]) -
                 key, field = key_of(info.name)
                 if not info.isreg() or key is None or field is None or _META.match(info.name):
                     continue
-                if field.lower() in FORMATS:
-                    found = FORMATS.index(field.lower()), TarMember(shard, info.name, info.offset_data, info.size)
+                field = field.lower()
+                keys.add(key)
+                fields[field] += 1
+                if field in wanted:
+                    found = wanted.index(field), TarMember(shard, info.name, info.offset_data, info.size)
                     best[key] = min(best.get(key, found), found, key=lambda pair: pair[0])
     except (OSError, tarfile.TarError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
         raise UserError(f"{shard}: not a complete, uncompressed tar file ({reason}); copy or unpack it again") from None
-    return [member for _, member in best.values()]
+    return _Shard([member for _, member in best.values()], len(keys), fields)
 
 
-def _tars(folder: str) -> list[str]:
-    found = [os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
-    return sorted(path for path in found if path.endswith(".tar") and not os.path.basename(path).startswith("."))
+def _tars(folder: str) -> tuple[list[str], list[str]]:
+    """The shards in a folder, and the compressed ones that do not lie unpacked beside it."""
+    found = sorted(path for path in files_below(folder) if not os.path.basename(path).startswith("."))
+    plain = [path for path in found if path.endswith(".tar")]
+    packed = [path for path in found if _COMPRESSED.search(path)]
+    return plain, [path for path in packed if f"{_COMPRESSED.sub('', path)}.tar" not in plain]
 
 
 def _webdataset() -> tuple[Callable[[str], tuple[str | None, str | None]], Callable[[str], Sequence[str]]]:

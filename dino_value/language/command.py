@@ -55,8 +55,10 @@ def _parser() -> argparse.ArgumentParser:
 
     look = commands.add_parser("eval", help="answer loss, Pass@1 and Pass@k, multiple choice")
     look.add_argument("model", metavar="RUN_OR_MODEL", help="a run folder, a model folder or a GGUF file")
-    look.add_argument("file", metavar="FILE", help="problems with answers: .jsonl, .parquet")
-    look.add_argument("--task", default="gsm8k", choices=("gsm8k", "boxed", "mmlu"), help="(default: %(default)s)")
+    look.add_argument("file", metavar="FILE", help="problems with answers: .jsonl, .parquet; omega: a folder too")
+    look.add_argument(
+        "--task", default="gsm8k", choices=("gsm8k", "boxed", "omega", "mmlu"), help="(default: %(default)s)"
+    )
     look.add_argument("--limit", type=int, help="only the first so many problems")
     look.add_argument("--samples", type=int, default=0, help="completions a problem for Pass@k (default: greedy only)")
     look.add_argument("--temperature", type=float, default=0.7, help="of the samples (default: %(default)s)")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from dino_value.errors import UserError
 from dino_value.files import write_json
-from dino_value.language.text import ANSWERS, DOCUMENTS, PROMPTS, records
+from dino_value.language.text import ANSWERS, CHAT, DOCUMENTS, PROMPTS, first_message, records
 
 PERMUTATIONS = 128
 _SHOWN = 500  # characters of a text in the report
@@ -70,8 +70,10 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
 
 def views(record: Mapping[str, Any]) -> list[str]:
     """The texts of a record that are compared: its question, and question and answer together, or the document."""
-    prompt = next((str(record[name]) for name in PROMPTS if isinstance(record.get(name), str)), None)
-    answer = next((str(record[name]) for name in ANSWERS if isinstance(record.get(name), (str, int, float))), None)
+    asked = next((str(record[name]) for name in PROMPTS if isinstance(record.get(name), str)), None)
+    prompt = first_message(record) or asked
+    answers = (*CHAT, *ANSWERS)
+    answer = next((str(record[name]) for name in answers if isinstance(record.get(name), (str, int, float))), None)
     if prompt is not None:
         return [prompt, f"{prompt}\n{answer}"] if answer else [prompt]
     plain = next((str(record[name]) for name in DOCUMENTS if isinstance(record.get(name), str)), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from dino_value.language.answers import boxed_answer, choice, equivalent, exact_
 from dino_value.language.config import LanguageConfig, LearnerConfig, load_language_config
 from dino_value.language.generate import generate
 from dino_value.language.learner import Learner, evaluating, load_model, load_tokenizer, load_trained
+from dino_value.language.omega import Part, instructed, omega_answer, omega_match, omega_parts
 from dino_value.language.stream import ExampleSet
 from dino_value.language.targets import negative_log_probs
 from dino_value.language.text import Encoder, Example, open_source, read_record, records
@@ -30,7 +31,8 @@ from dino_value.process import bfloat16, choose_device
 from dino_value.seeds import generator, key
 
 LETTERS = "ABCDEFGHIJ"
-TASKS = ("gsm8k", "boxed", "mmlu")
+Found = TypeVar("Found")
+TASKS = ("gsm8k", "boxed", "omega", "mmlu")
 KS = (1, 2, 4, 8, 16)
 
 
@@ -100,24 +102,34 @@ class Problem(NamedTuple):
 
     example: Example
     truth: str
+    setting: str = ""
+    split: str = ""
+
+    def part(self) -> dict[str, str]:
+        """Its setting and split, where it has them."""
+        return {name: value for name, value in {"setting": self.setting, "split": self.split}.items() if value}
 
 
 def read_problems(path: str, task: str, limit: int | None) -> list[Problem]:
-    """Problems with their reference answers (gsm8k: behind "####"; boxed: the field as it is, or what is boxed in it).
+    """Problems with their reference answers (gsm8k: behind "####"; boxed: the field as it is, or what is boxed in it;
+    omega: the same, of all parts of a set, the first `limit` of each).
 
     Raises:
         UserError: a reference without an answer.
     """
     found = []
-    for number, record in enumerate(records(path)):
-        if limit is not None and number >= limit:
-            break
-        one = read_record(record, f"{path}, record {number + 1}")
-        reference = one.answer.strip()
-        truth = final_answer(reference) if task == "gsm8k" else boxed_answer(reference) or reference
-        if not one.prompt or not truth:
-            raise UserError(f"{path}, record {number + 1}: no question with a final answer; --task {task} needs one")
-        found.append(Problem(one, truth))
+    for part in omega_parts(path) if task == "omega" else [Part(path, "", "")]:
+        for number, record in enumerate(records(part.file)):
+            if limit is not None and number >= limit:
+                break
+            one = read_record(record, f"{part.file}, record {number + 1}")
+            reference = one.answer.strip()
+            truth = final_answer(reference) if task == "gsm8k" else boxed_answer(reference) or reference
+            if not one.prompt or not truth:
+                where = f"{part.file}, record {number + 1}"
+                raise UserError(f"{where}: no question with a final answer; --task {task} needs one")
+            one = instructed(one, truth) if task == "omega" else one
+            found.append(Problem(one, truth, part.setting, part.split))
     return found
 
 
@@ -131,9 +143,10 @@ class Score(NamedTuple):
 
 
 def score(text: str, truth: str, task: str) -> Score:
-    """gsm8k: the final answer; boxed: nothing but a \\boxed{} counts."""
-    answer = boxed_answer(text) if task == "boxed" else final_answer(text)
-    return Score(text, answer, exact_match(answer, truth), equivalent(answer, truth))
+    """gsm8k: the final answer; boxed: nothing but a \\boxed{} counts; omega: its own rules."""
+    answer = {"boxed": boxed_answer, "omega": omega_answer}.get(task, final_answer)(text)
+    exact = omega_match(answer, truth) if task == "omega" else exact_match(answer, truth)
+    return Score(text, answer, exact, equivalent(answer, truth))
 
 
 def solve(
@@ -248,7 +261,8 @@ def evaluate(
     """Evaluate a run or a model on a file.
 
     Args:
-        task: `gsm8k` (final answer behind "####"), `boxed` (OMEGA, MATH: in \\boxed{}) or `mmlu`.
+        file: of problems; for omega also the folder of a set.
+        task: `gsm8k` (final answer behind "####"), `boxed` (MATH: in \\boxed{}), `omega` or `mmlu`.
         samples: completions of each problem for Pass@k, k = 1, 2, 4, … up to it; 0 decodes greedily only.
         temperature: of these samples.
         shots: solved examples of `demonstrations` before each question.
@@ -266,7 +280,8 @@ def evaluate(
         from dino_value.language.decontaminate import refuse_overlap
 
         for feedback in run.feedback.files.values():
-            refuse_overlap(feedback, [file], run.feedback.limit)
+            tests = [part.file for part in omega_parts(file)] if task == "omega" else [file]
+            refuse_overlap(feedback, tests, run.feedback.limit)
     autocast = torch.autocast(where.type, torch.bfloat16, bfloat16(run.precision if run else "fp32", where))
     with evaluating(learner), autocast:
         if task == "mmlu":
@@ -282,28 +297,48 @@ def evaluate(
         prefixes = [few_shot(pool, shots, seed, number) for number in range(len(problems))]
         settings = (new_tokens, 1, 0.0, batch_size, seed)
         greedy = [row[0] for row in solve(learner, encoder, problems, task, prefixes, *settings)]
-        metrics["pass@1_exact"] = share_interval([one.exact for one in greedy])._asdict()
-        metrics["pass@1_verified"] = share_interval([one.verified for one in greedy])._asdict()
+        metrics |= greedy_metrics(problems, greedy)
         if samples:
             drawn = solve(
                 learner, encoder, problems, task, prefixes, new_tokens, samples, temperature, batch_size, seed
             )
-            metrics |= sampled_metrics(drawn, samples)
+            metrics |= sampled_metrics(problems, drawn, samples)
     completions = [
-        {"prompt": problem.example.prompt, "truth": problem.truth, **one._asdict()}
+        {"prompt": problem.example.prompt, "truth": problem.truth, **problem.part(), **one._asdict()}
         for problem, one in zip(problems, greedy, strict=True)
     ]
     return {"metrics": metrics, "completions": completions}
 
 
-def sampled_metrics(drawn: Sequence[Sequence[Score]], samples: int) -> dict[str, dict[str, float]]:
-    """Unbiased Pass@k by both rules, for k = 1, 2, 4, … up to `samples`."""
+def by_part(problems: Sequence[Problem], found: Sequence[Found]) -> dict[str, list[Found]]:
+    """What was found of all problems (""), of each split ("OOD"), and of each setting in it ("OOD arithmetic_gcd")."""
+    groups: dict[str, list[Found]] = {}
+    for problem, one in zip(problems, found, strict=True):
+        for name in {"", problem.split, f"{problem.split} {problem.setting}".strip()}:
+            groups.setdefault(name, []).append(one)
+    return dict(sorted(groups.items()))
+
+
+def greedy_metrics(problems: Sequence[Problem], greedy: Sequence[Score]) -> dict[str, dict[str, float]]:
+    """Pass@1 by both rules, of all and of each part."""
+    return {
+        f"pass@1_{rule} {name}".strip(): share_interval([getattr(one, rule) for one in scores])._asdict()
+        for name, scores in by_part(problems, greedy).items()
+        for rule in ("exact", "verified")
+    }
+
+
+def sampled_metrics(
+    problems: Sequence[Problem], drawn: Sequence[Sequence[Score]], samples: int
+) -> dict[str, dict[str, float]]:
+    """Unbiased Pass@k by both rules, for k = 1, 2, 4, … up to `samples`, of all and of each part."""
     metrics = {}
-    for rule in ("exact", "verified"):
-        correct = [sum(getattr(one, rule) for one in row) for row in drawn]
-        for k in (k for k in KS if k <= samples):
-            found = mean_interval([pass_at_k(samples, c, k) for c in correct])
-            metrics[f"sampled_pass@{k}_{rule}"] = found._asdict()
+    for name, rows in by_part(problems, drawn).items():
+        for rule in ("exact", "verified"):
+            correct = [sum(getattr(one, rule) for one in row) for row in rows]
+            for k in (k for k in KS if k <= samples):
+                found = mean_interval([pass_at_k(samples, c, k) for c in correct])
+                metrics[f"sampled_pass@{k}_{rule} {name}".strip()] = found._asdict()
     return metrics
 
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from dino_value.config import ScopeConfig
 from dino_value.errors import UserError
+from dino_value.files import follow_umask
 from dino_value.language.architectures import architecture
 from dino_value.language.config import LearnerConfig
 from dino_value.language.stream import Batch, attention
@@ -279,6 +280,7 @@ def export_learner(model: Any, tokenizer: Any, folder: Path) -> None:
             setattr(merged.get_submodule(above), last, part.get_base_layer())
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    follow_umask(folder)
 
 
 def _located(model: str) -> tuple[str, dict[str, str]]:

@@ -19,6 +19,10 @@ from dino_value.errors import UserError
 PROMPTS = ("question", "problem", "prompt", "instruction", "input")
 ANSWERS = ("answer", "solution", "response", "output", "completion")
 DOCUMENTS = ("text", "content", "document")
+CHOICES = ("choices", "subject", *"ABCDEFGHIJ")  # multiple choice
+INSTRUCTION = "\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
+"""Ends the questions of OMEGA as published, and of other sets for training on mathematics."""
+CHAT = ("messages", "ground_truth")
 
 
 class Example(NamedTuple):
@@ -33,13 +37,20 @@ def format_example(question: str, answer: str) -> Example:
     return Example(f"Question: {question}\n Answer:", f" {answer}")
 
 
+def question_of(example: Example) -> str:
+    """The question of an example of this form."""
+    return example.prompt.removeprefix("Question: ").removesuffix("\n Answer:")
+
+
 def read_record(record: Mapping[str, Any], where: str) -> Example:
-    """One record as an example.
+    """One record as an example; `messages` with a `ground_truth` (a chat of one question, as the Hub has OMEGA) too.
 
     Raises:
         UserError: no known field, a field that is not text, or an empty answer.
     """
     asked, answered = _field(record, PROMPTS), _field(record, ANSWERS)
+    if (question := first_message(record)) and _field(record, CHAT[1:]):
+        return format_example(question, str(record[CHAT[1]]))
     if asked and answered:
         question, answer = str(record[asked]), str(record[answered])
         if not answer.strip():
@@ -57,6 +68,13 @@ def read_record(record: Mapping[str, Any], where: str) -> Example:
 
 def _field(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in names if isinstance(record.get(name), (str, int, float))), None)
+
+
+def first_message(record: Mapping[str, Any]) -> str:
+    """What the user says first in a chat, less `INSTRUCTION`; empty without one."""
+    said = record.get(CHAT[0])
+    first = said[0] if isinstance(said, Sequence) and said else None
+    return str(first.get("content") or "").removesuffix(INSTRUCTION) if isinstance(first, Mapping) else ""
 
 
 class Source(Protocol):
@@ -181,7 +199,7 @@ def _parquet(path: Path) -> Source:
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'dino-value[language]'") from None
     try:
-        columns = {*PROMPTS, *ANSWERS, *DOCUMENTS}
+        columns = {*PROMPTS, *ANSWERS, *DOCUMENTS, *CHAT, *CHOICES}
         names = [name for name in parquet.read_schema(path).names if name in columns]
         return _Table(str(path), parquet.read_table(path, columns=names).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:

@@ -28,7 +28,7 @@ from dino_value.language.stream import Batch, ExampleSet, TextStream
 from dino_value.language.targets import next_token, soft_cross_entropy
 from dino_value.language.text import Encoder, read_examples
 from dino_value.optim import FiniteGuard, cosine_schedule
-from dino_value.process import bfloat16, choose_device, stop_requests
+from dino_value.process import Stops, bfloat16, choose_device, stop_requests
 from dino_value.run_folder import prepare_folder, record_environment
 from dino_value.seeds import key
 from dino_value.track import Meters, MetricsFile, Reporter, environment
@@ -47,6 +47,11 @@ def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -
         UserError: bad data, model or settings; a loss that is not finite.
         Interrupted: a signal asked to stop; everything is saved.
     """
+    with stop_requests(held=False) as stopping:
+        return _train(config, quiet, override, stopping)
+
+
+def _train(config: LanguageConfig, quiet: bool, override: bool, stopping: Stops) -> Path:
     folder = Path(config.out)
     check_trackers(config.track)
     newest = latest_checkpoint(folder / "checkpoints")
@@ -67,7 +72,6 @@ def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -
 
     trackers = Trackers(config.track, folder, run.step, dataclasses.asdict(config))
     with (
-        stop_requests() as stopping,
         MetricsFile(folder, run.step, trackers) as metrics,
         Reporter(config.method, config.steps, run.step, quiet) as reporter,
     ):
@@ -76,6 +80,7 @@ def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -
         start = run.held_loss() if run.step == 0 and run.held is not None else None
         while not run.done():
             run.learner_update()
+            stopping.hold()  # there is a step to save
             if start is not None:  # where the curve against tokens begins
                 metrics.write(0, {"tokens": 0, **start})
                 start = None
@@ -96,10 +101,13 @@ def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -
             if values:
                 metrics.write(run.step, {"tokens": run.tokens, **values})
                 reporter.say(run.step, values)
-            if run.step % config.checkpoint.every == 0 or last or stopping():
+            first_update = run.steer is not None and run.step == config.value.burn_in  # is next, and may take long
+            if run.step % config.checkpoint.every == 0 or last or stopping() or first_update:
                 run.save(folder)
+                stopping.release()
             if stopping() and not last:
                 raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
+    stopping.hold()  # a run that is done is not exported again
     if config.checkpoint.export:
         export_learner(run.learner.model, run.encoder.tokenizer, folder / "learner")
     return folder

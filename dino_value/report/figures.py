@@ -440,16 +440,24 @@ def _match(parts: Array, reference: Array) -> Array:
     return matched
 
 
+def _nearest(maps: Array, height: int, width: int) -> Array:
+    """[n h w c] by nearest neighbour to [n height width c]."""
+    rows, columns = (np.arange(new) * old // new for new, old in zip((height, width), maps.shape[1:3], strict=True))
+    resized: Array = maps[:, rows][:, :, columns]
+    return resized
+
+
 def pca_figure(images: ArrayLike, features: Mapping[str, ArrayLike]) -> Figure:
     """The first three principal components of each arm's patch features as colours, next to the image.
 
-    ``images``: uint8 [n 3 H W]; ``features``: arm -> [n h w d] of the same images, step 0 among them.
+    ``images``: uint8 [n 3 H W]; ``features``: arm -> [n h w d] of the same images, step 0 among them. Grids may differ.
     """
     originals = to_images("images", images)
     order = order_arms(features)
     colours: dict[str, Array] = {}
     for arm in order:
-        colours[arm] = pca_rgb(features[arm], reference=colours.get(order[0]))
+        grid = np.shape(features[arm])[1:3]
+        colours[arm] = pca_rgb(features[arm], _nearest(colours[order[0]], *grid) if colours else None)
     figure, cells = new_cells(len(originals), ["image", *map(arm_label, order)], above=0.3, below=0.02)
     for row, image in enumerate(originals):
         cells[row][0].imshow(image)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dino_value.config import ViewsConfig
 from dino_value.data import open_views, unlabeled_files
+from dino_value.data.check import check_data
 from dino_value.data.folders import read_image
 from dino_value.data.sampling import Stream
 from dino_value.data.tars import TarMember, find_shards, is_shards, list_members
@@ -134,3 +135,83 @@ def test_without_the_package_the_extra_is_named(shards: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
     with pytest.raises(UserError, match=r"dino-value\[webdataset\]"):
         unlabeled_files(shards)
+
+
+def write_shard(path: Path, names: list[str], mode: str = "w") -> None:
+    """Every member of an image's field is the noise of the number in its key."""
+    with tarfile.open(path, mode) as file:  # type: ignore[call-overload]
+        for name in names:
+            content = b"{}" if name.endswith(("txt", "json")) else encoded(int(name.split(".")[0]))
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+
+
+def test_a_refusal_names_the_fields(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [f"{k}.{field}" for k in range(3) for field in ("photo.PNG", "note.txt")])
+    with pytest.raises(
+        UserError, match=r"fields there: photo\.png \(3\), note\.txt \(3\)\); data\.field=NAME"
+    ) as raised:
+        list_members(tmp_path)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"looked for cover; fields there: photo\.png"):
+        list_members(tmp_path, "cover")
+
+
+@pytest.mark.parametrize("field", ["photo.png", "Photo.PNG", " .photo.png", "cover; photo.png"])
+def test_the_field_is_chosen(tmp_path: Path, field: str) -> None:
+    write_shard(tmp_path / "a.tar", [f"{k}.{part}" for k in range(3) for part in ("photo.PNG", "note.txt", "jpg")])
+    members = list_members(tmp_path, field)
+    assert [member.member for member in members] == [f"{k}.photo.PNG" for k in range(3)]
+    assert torch.equal(read_image(members[2]), read_image(TarMember(*_place(tmp_path / "a.tar", "2.photo.PNG"))))
+    views = open_views(str(tmp_path), SETTINGS, field=field)
+    assert len(views) == 3
+
+
+def _place(shard: Path, name: str) -> tuple[str, str, int, int]:
+    with tarfile.open(shard) as file:
+        info = file.getmember(name)
+        return str(shard), name, info.offset_data, info.size
+
+
+def test_of_several_fields_the_first_a_sample_has(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", ["0.img", "1.img", "1.png", "2.txt"])
+    with pytest.warns(
+        UserWarning, match=r"1 of 3 samples have none of png, img and are not read \(fields there: img \(2\)"
+    ):
+        members = list_members(tmp_path, "png;img")
+    assert [member.member for member in members] == ["0.img", "1.png"]
+
+
+def test_samples_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [f"{k}.{'png' if k < 2 else 'side.png'}" for k in range(7)])
+    with pytest.warns(UserWarning, match="5 of 7 samples have none of jpg, jpeg,") as said:
+        assert len(list_members(tmp_path)) == 2
+    assert "side.png (5)" in str(said[0].message)
+    (part,) = check_data(str(tmp_path), "images", near=-1).parts
+    assert part.images == 2
+    assert "5 of 7 samples" in part.notes[0]
+    (part,) = check_data(str(tmp_path), "images", near=-1, field="png;side.png").parts
+    assert (part.images, part.notes) == (7, [])
+
+
+@pytest.mark.filterwarnings("error")
+def test_whole_shards_are_read_without_a_word(shards: Path) -> None:
+    assert len(list_members(shards)) == 6
+
+
+@pytest.mark.parametrize("name", ["s.tar.gz", "s.tgz", "s.tar.zst", "s.tar.xz"])
+def test_compressed_shards_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    write_shard(tmp_path / name, ["0.png"], "w:gz")
+    for path in (tmp_path, tmp_path / name, tmp_path / f"*{name[1:]}", tmp_path / f"s{{0..0}}{name[1:]}"):
+        if "{" in str(path):
+            write_shard(tmp_path / f"s0{name[1:]}", ["0.png"], "w:gz")
+        assert is_shards(path)
+        with pytest.raises(UserError, match=rf"s0?\.{name[2:]}: [12] compressed shards?; .* unpack them to \.tar"):
+            unlabeled_files(path)
+    write_shard(tmp_path / "whole.tar", ["0.png"])
+    with pytest.raises(UserError, match="compressed shard"):  # not a part of the set without a word
+        unlabeled_files(tmp_path)
+    for packed in ("s", "s0"):  # unpacked beside it
+        write_shard(tmp_path / f"{packed}.tar", ["0.png"])
+    assert len(unlabeled_files(tmp_path)) == 3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,3 +311,15 @@ def test_a_tracker_gets_what_the_metrics_get(tiny: Callable[..., LanguageConfig]
     events, rows = EventAccumulator(str(folder / "tensorboard")).Reload(), read_metrics(folder)
     assert set(events.Tags()["scalars"]) == {name for row in rows for name in row} - {"step"}
     assert [event.step for event in events.Scalars("loss")] == [row["step"] for row in rows]
+
+
+def test_the_exported_learner_follows_the_umask(tiny: Callable[..., LanguageConfig]) -> None:
+    before = os.umask(0o027)
+    try:
+        run = train(tiny("method=baseline", "steps=1", "checkpoint.export=true"), quiet=True)
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (run / "learner").iterdir()}
+    assert set(modes.values()) == {0o640}
+    assert "model.safetensors" in modes
+    assert stat.S_IMODE((run / "learner").stat().st_mode) == 0o750
