@@ -77,11 +77,16 @@ def test_a_stop_that_is_not_held_does_not_wait(number: signal.Signals) -> None:
 def test_where_python_is_busy_an_exception_says_so() -> None:
     """Whoever runs a run inside, as sweeps and comparisons do, can put its things in order."""
     began = time.monotonic()
-    with pytest.raises(Interrupted, match="nothing to save yet; the same command goes on"), stop_requests(held=False):
-        os.kill(os.getpid(), signal.SIGTERM)
-        while time.monotonic() - began < 60:
-            with contextlib.suppress(Exception):  # as libraries do that go on over what they do not know
-                time.sleep(30)
+
+    def wait() -> None:
+        with stop_requests(held=False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while time.monotonic() - began < 60:
+                with contextlib.suppress(Exception):  # as libraries do that go on over what they do not know
+                    time.sleep(30)
+
+    with pytest.raises(Interrupted, match="nothing to save yet; the same command goes on"):
+        wait()
     assert time.monotonic() - began < IN_TIME
 
 
