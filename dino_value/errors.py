@@ -18,4 +18,4 @@ class ProcessLost(Exception):
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop and has saved everything it needs to go on: no error, and `except Exception` lets it pass."""
+    """The run was asked to stop and has saved all that it needs to go on. `except Exception` does not mean it."""

@@ -60,8 +60,8 @@ class Stops:
     """Whether SIGTERM, SIGINT or SIGUSR2 has come: call it.
 
     `held` is whether a stop waits until it is asked for, however long that takes: because there is something to save,
-    or nobody who would go on. Before, when nobody has asked for a second, Interrupted is raised where the process is; in
-    one long call, or of several processes, it ends there.
+    or nobody who would go on. Before, when nobody has asked for a second, Interrupted is raised where the process is;
+    in one long call, or of several processes, it ends there.
     """
 
     def __init__(self, held: bool) -> None:
