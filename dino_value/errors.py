@@ -20,8 +20,8 @@ class ProcessLost(Exception):
     """Another process of the group has ended or gone silent. The message says which."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved everything it needs to go on."""
+class Interrupted(BaseException):
+    """The run was asked to stop and has saved all that it needs to go on. `except Exception` does not mean it."""
 
 
 @contextlib.contextmanager

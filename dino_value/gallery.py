@@ -33,15 +33,13 @@ def held_out_images(config: Config, count: int = SHOWN, size: int | None = None)
     Raises:
         UserError: they are not there, or cannot be read.
     """
-    size = size or config.views.global_size
-    for kind, root in config.labels.items():
-        if root is None:
-            continue
-        skip = config.data.skip_unreadable
-        source = open_labelled(KINDS[kind].layout, root, "validation", check_pairs=not skip)
-        items = LabelledDataset(source, size=(size, size))
-        return torch.stack(some_items(lambda index: items[index, 0][0], len(items), count, skip))  # noqa: B023
-    return None
+    kind, root = next(((kind, root) for kind, root in config.labels.items() if root is not None), ("", None))
+    if root is None:
+        return None
+    skip, side = config.data.skip_unreadable, size or config.views.global_size
+    source = open_labelled(KINDS[kind].layout, root, "validation", check_pairs=not skip)
+    items = LabelledDataset(source, size=(side, side))
+    return torch.stack(some_items(lambda index: items[index, 0][0], len(items), count, skip))
 
 
 def masked(run_folder: Path, images: Tensor, checkpoint: Path | None = None) -> tuple[Tensor, Tensor] | None:

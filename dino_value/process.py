@@ -14,7 +14,7 @@ import torch
 
 from dino_value.config import Config
 from dino_value.distributed import own_device, world
-from dino_value.errors import EXIT_RESUMABLE, LEFT_AT_ONCE, UserError
+from dino_value.errors import EXIT_RESUMABLE, LEFT_AT_ONCE, Interrupted, UserError
 
 GRACE = 1.0  # seconds that a process told to leave at once has to leave by itself
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -60,11 +60,12 @@ class Stops:
     """Whether SIGTERM, SIGINT or SIGUSR2 has come: call it.
 
     `held` is whether a stop waits until it is asked for, however long that takes: because there is something to save,
-    or nobody who would go on. Before, the process leaves by itself when nobody has asked for a second.
+    or nobody who would go on. Before, when nobody has asked for a second, Interrupted is raised where the process is;
+    in one long call, or of several processes, it ends there.
     """
 
     def __init__(self, held: bool) -> None:
-        self.held = held
+        self.held, self.late = held, False
         self.requested: list[int] = []
 
     def __call__(self) -> bool:
@@ -92,6 +93,8 @@ def stop_requests(held: bool = True) -> Iterator[Stops]:
         if number == signal.SIGINT and signal.SIGINT in stops.requested:
             raise KeyboardInterrupt
         stops.requested.append(number)
+        if stops.late and not stops.held:
+            raise Interrupted("there was nothing to save yet; the same command goes on")
 
     try:
         before = {number: signal.signal(number, on_signal) for number in STOPS}
@@ -113,9 +116,16 @@ def stop_requests(held: bool = True) -> Iterator[Stops]:
 def _leaving_at_once(stops: Stops) -> Iterator[None]:
     """A second SIGINT, or any stop that is not held, ends the process although the main thread is busy: Python's
     handlers wait until it comes back from torch, and a backward pass of a large model is one call."""
-    over = threading.Event()
+    over, main = threading.Event(), threading.get_ident()
     heard, told = socket.socketpair()
     told.setblocking(False)
+
+    def raised() -> bool:
+        """Whether the main thread has left, now that its handler raises Interrupted, or a stop is held by now."""
+        stops.late = True
+        if world() == 1 and not stops.held:
+            signal.pthread_kill(main, signal.SIGTERM)
+        return stops.held or over.wait(GRACE / 2)
 
     def listen() -> None:
         count = 0
@@ -127,8 +137,11 @@ def _leaving_at_once(stops: Stops) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     os.write(before, numbers)
             count += numbers.count(signal.SIGINT)
-            unheld = not stops.held and not set(STOPS).isdisjoint(numbers)
-            if (unheld or count > 1) and not over.wait(GRACE) and (not stops.held or count > 1):
+            if stops.held or set(STOPS).isdisjoint(numbers):
+                leaving = count > 1 and not over.wait(GRACE)
+            else:
+                leaving = not over.wait(GRACE) and not raised()
+            if leaving:
                 os.write(2, f"{LEFT_AT_ONCE}\n".encode())
                 os._exit(EXIT_RESUMABLE)
 

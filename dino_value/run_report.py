@@ -177,14 +177,14 @@ def _galleries(
             by_size.setdefault(config.views.global_size, {})[arm] = run
     figures, shown, features = list[Figure](), None, dict[str, Tensor]()
     for size, group in by_size.items():
-        images = _tried("masks and features", missing, lambda size=size: held_out_images(first, size=size))
+        images = _tried("masks and features", missing, held_out_images, first, SHOWN, size)
         if images is None:
             continue
         found = _mask_figures(group, images, missing)
         figures += found if shown is None else [_renamed(figure, size) for figure in found]
         shown = images if shown is None else shown
         for arm, run in group.items():
-            maps = _tried(f"features of {arm}", missing, lambda: patch_map(load_backbone(run), images))  # noqa: B023
+            maps = _tried(f"features of {arm}", missing, _features, run, images)
             features |= {} if maps is None else {arm: maps}
     return [*figures, pca_figure(shown, features)] if shown is not None and features else figures
 
@@ -195,7 +195,7 @@ def _mask_figures(runs: Mapping[str, Path], images: Tensor, missing: list[str]) 
     for arm, run in runs.items():
         moments: dict[int, tuple[Tensor, Tensor]] = {}
         for step, path in _moments(run).items():
-            found = _tried(f"masks of {arm}", missing, lambda: masked(run, images, path))  # noqa: B023
+            found = _tried(f"masks of {arm}", missing, masked, run, images, path)
             moments |= {} if found is None else {step: found}
         if moments:
             last[arm] = moments[max(moments)]
@@ -218,10 +218,14 @@ def _mask_figures(runs: Mapping[str, Path], images: Tensor, missing: list[str]) 
     return figures
 
 
-def _tried(what: str, missing: list[str], draw: Callable[[], Drawn]) -> Drawn | None:
+def _features(run: Path, images: Tensor) -> Tensor:
+    return patch_map(load_backbone(run), images)
+
+
+def _tried(what: str, missing: list[str], draw: Callable[..., Drawn], *arguments: Any) -> Drawn | None:
     """What `draw` gives; where it cannot, nothing, and why is noted once."""
     try:
-        return draw()
+        return draw(*arguments)
     except UserError as error:
         text = f"Left out: {what}. {error}"
         missing += [] if text in missing else [text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -18,7 +19,7 @@ from dino_value import steer as steer_module
 from dino_value.backbones import Backbone
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config
-from dino_value.errors import EXIT_RESUMABLE
+from dino_value.errors import EXIT_RESUMABLE, Interrupted
 from dino_value.process import stop_requests
 from dino_value.steer import Steer
 from dino_value.train import train
@@ -71,6 +72,22 @@ def test_a_stop_that_is_not_held_does_not_wait(number: signal.Signals) -> None:
     code, seconds = forked(work, number)
     assert code == EXIT_RESUMABLE
     assert seconds < IN_TIME
+
+
+def test_where_python_is_busy_an_exception_says_so() -> None:
+    """Whoever runs a run inside, as sweeps and comparisons do, can put its things in order."""
+    began = time.monotonic()
+
+    def wait() -> None:
+        with stop_requests(held=False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while time.monotonic() - began < 60:
+                with contextlib.suppress(Exception):  # as libraries do that go on over what they do not know
+                    time.sleep(30)
+
+    with pytest.raises(Interrupted, match="nothing to save yet; the same command goes on"):
+        wait()
+    assert time.monotonic() - began < IN_TIME
 
 
 def test_a_stop_that_is_held_waits_until_it_is_released() -> None:

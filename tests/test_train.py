@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dino_value import process as process_module
 from dino_value import train as train_module
 from dino_value.backbones import load_backbone
 from dino_value.checkpoint import load_checkpoint
@@ -181,6 +182,7 @@ def test_a_stop_is_saved_whatever_asked_for_it(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before = signal.getsignal(number)
+    monkeypatch.setattr(process_module, "GRACE", 60.0)  # a busy machine may not finish its first step in a second
     stop_after(monkeypatch, 1, number)
     with pytest.raises(Interrupted, match="stopped at step 1 of 4; the same command goes on from there"):
         train(tiny("method=baseline"), quiet=True)
@@ -748,6 +750,7 @@ def test_a_stop_during_set_up(tiny: Callable[..., Config], monkeypatch: pytest.M
         record(*arguments)
 
     monkeypatch.setattr(train_module, "record_environment", interrupted)
+    monkeypatch.setattr(process_module, "GRACE", 60.0)
     with pytest.raises(Interrupted, match="stopped at step 0 of 4; the same command goes on from there"):
         train(tiny("method=baseline"), quiet=True)
     monkeypatch.undo()
