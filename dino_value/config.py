@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.errors import UserError
@@ -67,10 +67,18 @@ class ViewsConfig:
 
 @dataclass
 class BackboneConfig:
+    """Which model, what it begins with, how it runs. What it says of a weights file is `weights.Reading`."""
+
     name: str = "vit_base_patch16_224"  # any timm ViT
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm
     weights: str | None = None  # a local file
     min_match: float = 0.9  # refuse weights that fill less of the model
+    # Parts that may stay random where the file lacks them: patch_embed, pos_embed, cls_token, reg_token, norm_pre,
+    # norm. None by default: no share of the whole would show that one is missing.
+    random: list[str] = field(default_factory=list)
+    prefix: str | None = None  # of the names to take; by default what a vision transformer's names show, EMA first
+    table: list[int] = field(default_factory=list)  # rows and columns of the file's positions; by default a square
+    positions: str = "auto"  # how they are resized: as the layout's authors do; or timm, dino, plain (docs/training.md)
     keep_grid: bool = False  # keep the positions' table as it was trained, not resampled to views.global_size
     attention: str = "sdpa"  # or math: plain matrix products; xformers; varlen: all crop sizes in one pass; auto
     drop_path_mode: str = "timm"  # a mask; or subset: stochastic depth that leaves out the work, as DINOv2's
@@ -483,6 +491,18 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     return check(config)
 
 
+def load_backbone_settings(overrides: Sequence[str]) -> BackboneConfig:
+    """The section `backbone` from `key=value`s whose keys are its own.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    given = ["out=x", "data.unlabeled=x", *(f"backbone.{part}" for part in overrides)]
+    found = _merged("--backbone", OmegaConf.create({}), given, Config).backbone
+    assert isinstance(found, BackboneConfig)
+    return found
+
+
 def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], schema: type) -> Any:
     """A YAML file, or a packaged one by name, with `key=value` overrides, as the dataclass `schema`; not yet checked.
 
@@ -491,23 +511,58 @@ def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], sc
     """
     try:
         loaded = OmegaConf.load(find_config(source))
-        given = OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: not valid YAML at {error.full_key or 'its top'}: mend its brackets") from None
     except OSError as error:  # also what OmegaConf makes of a file that holds bytes or a date alone
         raise UserError(f"{source}: cannot be read as keys and values: {_one_line(error)}") from None
-    for part in overrides:
-        if "=" not in part:
-            raise UserError(f"override {part!r}: write key=value, for example steps=300")
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{source}: expected keys and values at the top level")
-    for tree in (loaded, given):
-        _refuse_unknown(OmegaConf.to_container(tree), schema, "", schema)
+    return _merged(str(source), loaded, overrides, schema)
+
+
+def _merged(source: str, loaded: DictConfig, overrides: Sequence[str], schema: type) -> Any:
+    """`loaded` with `key=value`s, one after the other, as the dataclass `schema`."""
+    tree = OmegaConf.create({})
+    for part in ("", *overrides):
+        if part and "=" not in part:
+            raise UserError(f"override {part!r}: write key=value, for example steps=300")
+        try:
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([part]) if part else loaded)
+        except (YAMLError, OmegaConfBaseException):
+            where = f"{part}: not valid YAML" if part else f"{source}: not valid: a ${{…}} in it is not closed"
+            raise UserError(f"{where}; mend its brackets, or quote the value") from None
+        _refuse_unknown(given, schema, "", schema)
+        for key in _emptied(given, schema):
+            OmegaConf.update(tree, key, {}, merge=False, force_add=True)
+        tree = OmegaConf.merge(tree, given)  # type: ignore[assignment]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), loaded, given)
-        return OmegaConf.to_object(merged)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{source}: {error.full_key} is not set: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {_one_line(error)}") from None
+        value = OmegaConf.to_container(tree)
+        for name in str(error.full_key or "").split("."):
+            value = value.get(name) if isinstance(value, dict) else value  # type: ignore[assignment]
+        raise UserError(
+            f"{source}: {error.full_key}={value}: refers to what is not there; write the value itself"
+        ) from None
+
+
+def _emptied(given: Any, schema: type, prefix: str = "") -> list[str]:
+    """Keys of free mappings that `given` empties, by `{}` or null: these take the place of what was there."""
+    found = []
+    for item in fields(schema):
+        factory: Any = item.default_factory
+        if item.name not in given or not callable(factory):
+            continue
+        if factory is dict and not given[item.name]:
+            given[item.name] = {}
+            found.append(f"{prefix}{item.name}")
+        elif is_dataclass(factory):
+            found += _emptied(given[item.name], type(factory()), f"{prefix}{item.name}.")
+    return found
 
 
 def check(config: Config) -> Config:
@@ -748,6 +803,34 @@ def _refuse_unknown(given: Any, schema: type, prefix: str, root: type) -> None:
         inner = type(factory()) if callable(factory) else None
         if inner is not None and is_dataclass(inner):
             _refuse_unknown(value, inner, f"{prefix}{key}.", root)
+        elif not _fits(schema, key, value):
+            hint = get_type_hints(schema)[key]
+            raise UserError(f"{prefix}{key}={'null' if value is None else value}: expected {_in_words(hint)}")
+
+
+def _fits(schema: type, key: str, value: Any) -> bool:
+    """Whether OmegaConf takes a value for a field; of a reference to another key that is known later."""
+    if value is None and get_origin(get_type_hints(schema)[key]) is dict:
+        return True
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+    except (OmegaConfBaseException, TypeError, ValueError):
+        return False
+    return True
+
+
+def _in_words(hint: Any) -> str:
+    """What a field's type asks for."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if type(None) in get_args(hint):
+        return f"{_in_words(kinds[0])}, or null"
+    if get_origin(hint) is tuple:
+        return f"{len(kinds)} numbers, for example [{', '.join('0.5' for _ in kinds)}]"
+    if get_origin(hint) is list:
+        return f"a list, for example [{'1, 2' if kinds[0] is int else 'a, b'}]"
+    if get_origin(hint) is dict:
+        return "keys and values, for example {depth: 3}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
 def _all_keys(schema: type, prefix: str) -> list[str]:
