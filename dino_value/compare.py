@@ -39,6 +39,7 @@ from dino_value.report.statistics import Comparison, compare_all, metric_of
 from dino_value.report.terminal import results_table
 from dino_value.track import duration, environment, read_metrics
 from dino_value.train import train
+from dino_value.weights import Reading
 
 HEADLINES = {"seg": "miou", "depth": "rmse", "linear": "top1", "knn": "knn_top1"}
 """The number of each evaluation that arms are compared by."""
@@ -313,7 +314,9 @@ def start_backbone(config: Config) -> Backbone:
     b = config.backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = create_backbone(b.name, config.views.global_size, b.kwargs, b.weights, b.min_match, b.keep_grid)
+        backbone = create_backbone(
+            b.name, config.views.global_size, b.kwargs, b.weights, b.min_match, b.keep_grid, reading=Reading.of(b)
+        )
     if config.start_from is not None:
         path = packaged(config.start_from)
         load_weights(backbone, path / WEIGHTS_NAME if path.is_dir() else path)

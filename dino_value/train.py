@@ -60,7 +60,7 @@ from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
 from dino_value.trackers import Trackers, check_trackers
 from dino_value.value import average
 from dino_value.weight_files import is_whole
-from dino_value.weights import fit_positions, load_head
+from dino_value.weights import Reading, fit_positions, load_head
 
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
 
@@ -221,6 +221,7 @@ class Run:
             config.backbone.min_match,
             config.backbone.keep_grid,
             "views.global_size",
+            Reading.of(config.backbone),
         )
         backbone.configure(config.backbone, self.device, use_bfloat16(config, self.device))
         if config.views.local_count:

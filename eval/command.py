@@ -15,6 +15,7 @@ import torch
 
 from dino_value.arguments import Parser
 from dino_value.backbones import Backbone, load_backbone
+from dino_value.config import load_backbone_settings
 from dino_value.data.check import other_place
 from dino_value.data.labelled import LabelledSource, Split, Subset
 from dino_value.data.layouts import Layout, open_labelled
@@ -23,6 +24,7 @@ from dino_value.eval import EVALUATIONS, intervals, output
 from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed, use_bfloat16
 from dino_value.linear import choose_matmul, use_onednn
 from dino_value.track import environment
+from dino_value.weights import Reading
 
 Pair = tuple[LabelledSource, LabelledSource]
 SHOWN = 5
@@ -120,6 +122,13 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
     parser.add_argument(
         "--min-match", default=0.9, type=parse_share, help="refuse weights that fill less of the model, a share"
+    )
+    parser.add_argument(
+        "--backbone",
+        action="append",
+        metavar="KEY=VALUE",
+        help="how a weights file is read or its model built, as backbone.KEY of training; may be repeated: "
+        "prefix, table, positions, random, kwargs.in_chans, …",
     )
     parser.add_argument(
         "--size",
@@ -278,7 +287,8 @@ def prepare(found: Evaluation[Any], arguments: argparse.Namespace, weights: str)
         if key in known
     }
     size = arguments.size or found.defaults.size
-    backbone = load_backbone(weights, model=arguments.model, img_size=max(size), min_match=arguments.min_match)
+    told = load_backbone_settings(arguments.backbone or ())
+    backbone = load_backbone(weights, arguments.model, max(size), told.kwargs, arguments.min_match, Reading.of(told))
     if choose_matmul(arguments.matmul, pick_device(arguments.device)) == "onednn":
         use_onednn(backbone)
     if arguments.size is None:

@@ -538,6 +538,7 @@ def test_every_entry_of_the_registry(name: str) -> None:
         "out",
         "model",
         "min_match",
+        "backbone",
         "skip_unreadable",
         "set",
         "group_pattern",
