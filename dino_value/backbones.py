@@ -75,9 +75,10 @@ Replace = Callable[[Tensor], Tensor]
 class Backbone(nn.Module):
     """A timm VisionTransformer or EVA/DINOv3-style ViT, without its classifier.
 
-    Images are float [B 3 H W], normalised with `mean` and `std`; H and W are multiples of `patch_size`.
+    Images are float [B C H W], normalised with `mean` and `std`; H and W are multiples of `patch_size`.
 
     Attributes:
+        channels: C, timm's `in_chans`; 3 are red, green and blue.
         attention: the backend, see `set_attention`.
         subset: stochastic depth runs a branch on a subset of the images, see `blocks.run_block`.
         compiled: blocks run compiled, except where the caller asks for the math kernel to differentiate twice.
@@ -93,8 +94,9 @@ class Backbone(nn.Module):
         self.num_prefix_tokens = int(model.num_prefix_tokens)
         # Not timm's global_pool: it says `avg` of DINOv3, whose own objective reads the class token.
         self.has_cls = getattr(model, "cls_token", None) is not None
-        self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
-        self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
+        self.channels = int(model.patch_embed.proj.weight.shape[1])
+        self.mean: tuple[float, ...] = per_channel(model.pretrained_cfg["mean"], self.channels)
+        self.std: tuple[float, ...] = per_channel(model.pretrained_cfg["std"], self.channels)
         # Models that pool keep their last norm for after the pooling; dense features want it on every token.
         self.final_norm = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
         self.attention = "sdpa"
@@ -104,7 +106,7 @@ class Backbone(nn.Module):
         self._mean: Tensor
         self._std: Tensor
         for buffer, values in (("_mean", self.mean), ("_std", self.std)):
-            self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
+            self.register_buffer(buffer, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     @overload
     def forward(
@@ -320,10 +322,16 @@ class Backbone(nn.Module):
         return paid[:, self.num_prefix_tokens :].unflatten(1, state.grid)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [… 3 H W] or float in [0, 1] to what the model expects."""
+        """uint8 [… C H W] or float in [0, 1] to what the model expects."""
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
         return (images - self._mean.to(images.device)) / self._std.to(images.device)
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Statistics of red, green and blue for other channels: their mean for each that is none of these."""
+    mean = sum(values) / len(values)
+    return tuple(values[:channels]) + (mean,) * (channels - len(values)) if channels >= 3 else (mean,) * channels
 
 
 def _as_now() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -373,6 +381,8 @@ def create_backbone(
         ) from None
     if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "_pos_embed", "norm")):
         raise UserError(f"backbone.name={name} is not a vision transformer; choose a timm vit_* model")
+    if len(set(model.patch_embed.patch_size)) > 1:
+        raise UserError(f"backbone.kwargs.patch_size={list(model.patch_embed.patch_size)}: patches must be square")
     backbone = Backbone(name, model, {**kwargs, "img_size": img_size})
     for side in (size,) if isinstance(size, int) else size:
         backbone.check_size(side, size_key)

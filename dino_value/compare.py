@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from yaml import YAMLError
 
 from dino_value.backbones import WEIGHTS_NAME, Backbone, create_backbone, load_backbone, load_weights
 from dino_value.config import Config, load_config, packaged
+from dino_value.data.conventions import Conventions, as_configured, conventions, using
 from dino_value.data.labelled import Kept, LabelledDataset, Split
 from dino_value.data.layouts import Layout, open_labelled
 from dino_value.errors import UserError
@@ -286,6 +287,7 @@ def _start_row(spec: Spec, seed: int) -> dict[str, float]:
     return _kept(path, spec.evaluate, config, start_backbone(config))
 
 
+@as_configured
 def _kept(path: Path, evaluations: Mapping[str, Any], config: Config, backbone: Backbone) -> dict[str, float]:
     """The evaluation's numbers, from `path` if it holds them of these weights."""
     weights = digest(backbone)
@@ -332,11 +334,13 @@ def evaluate(
         keep: have the images stay in memory for this process's next evaluation.
         pictures: a folder; the first predictions are drawn beside the truth, to `pictures`/NAME/pictures.
     """
-    opened = _open_kept if keep else open_labelled
+    opened = partial(_open_kept, conventions()) if keep else open_labelled
     found: dict[str, float] = {}
+    told = replace(conventions(), channels=backbone.channels)
     for name, settings in evaluations.items():
         evaluation = import_module(EVALUATIONS[name]).EVALUATION
-        parts = (opened(evaluation.layout, settings["data"], part) for part in ("training", "validation"))
+        with using(told):
+            parts = [opened(evaluation.layout, settings["data"], part) for part in ("training", "validation")]
         options = _options(name, settings, seed)
         if pictures is not None and name in DRAWN:
             options = replace(options, save_images=PREDICTIONS)
@@ -354,7 +358,8 @@ def evaluate(
 
 
 @lru_cache(maxsize=8)
-def _open_kept(layout: Layout, path: str, part: Split) -> Kept:
+def _open_kept(told: Conventions, layout: Layout, path: str, part: Split) -> Kept:
+    """`told` holds already; it is here to be remembered by."""
     return Kept(open_labelled(layout, path, part))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -39,6 +39,12 @@ class DataConfig:
     workers: int = 2  # loader processes for the unlabeled stream
     in_memory: bool = False  # decode once, the labelled images too; for small sets of equally sized images
     skip_unreadable: bool = False  # go on without images that cannot be read, and count them; else they end the run
+    # Values that become black and white in images deeper than 8 bits, [0, 4095] for 12 in 16; by default the type's or,
+    # where it says, the file's own; pixels with a sign, of 32 bits or in floating point are refused without it.
+    range: list[float] = field(default_factory=list)
+    max_pixels: int = 178_956_970  # an image of more is refused by its header; PIL's own limit
+    depth_units: float = 1000.0  # units a metre of depth maps in integers: millimetres; KITTI: 256, TUM: 5000
+    max_depth: float = 10.0  # metres, beyond which depth counts as unknown: NYUv2's sensor; KITTI: 80
     group_pattern: str | None = None  # regex on a label file's stem; images of one group never part train from meta
     neighbours: int = 1  # or: this many consecutive labelled images are one group, as frames of one place
 
@@ -491,16 +497,14 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     return check(config)
 
 
-def load_backbone_settings(overrides: Sequence[str]) -> BackboneConfig:
-    """The section `backbone` from `key=value`s whose keys are its own.
+def load_section(name: Literal["backbone", "data"], overrides: Sequence[str]) -> Any:
+    """The section `name` from `key=value`s whose keys are its own, for commands that have no configuration.
 
     Raises:
         UserError: as `load_config`.
     """
-    given = ["out=x", "data.unlabeled=x", *(f"backbone.{part}" for part in overrides)]
-    found = _merged("--backbone", OmegaConf.create({}), given, Config).backbone
-    assert isinstance(found, BackboneConfig)
-    return found
+    given = ["out=x", "data.unlabeled=x", *(f"{name}.{part}" for part in overrides)]
+    return getattr(_merged(f"--{name}", OmegaConf.create({}), given, Config), name)
 
 
 def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], schema: type) -> Any:
@@ -606,6 +610,7 @@ def check(config: Config) -> Config:
         raise UserError(f"designer.keep_ratio={config.designer.keep_ratio}: must lie between 0 and 1")
     _check_designer(config.designer.name)
     _check_roles(config)
+    _check_channels(config)
     heads = max(1, config.designer.width // 32)
     if config.designer.mask == "sit" and (config.designer.width % 4 or config.designer.width % heads):
         raise UserError(
@@ -728,6 +733,15 @@ def _check_designer(name: str) -> None:
         raise UserError(
             f"designer.name={name}: choose {', '.join(MASKS + CONTROLS + CLOSED_FORMS)}, or "
             f"masks and a closed form as in {MASKS[0]}+{CLOSED_FORMS[0]}"
+        )
+
+
+def _check_channels(config: Config) -> None:
+    channels = config.backbone.kwargs.get("in_chans", 3)
+    if channels != 3 and config.designs and (config.designer.mask or config.designer.control):
+        raise UserError(
+            f"backbone.kwargs.in_chans={channels} with designer.name={config.designer.name}: mask generators read "
+            "three channels; choose designer.name=weights or best_of_n, or method=baseline or finetune"
         )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dino_value.backbones import Backbone
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config
+from dino_value.data.conventions import as_configured
 from dino_value.data.labelled import LabelledDataset
 from dino_value.data.layouts import open_labelled
 from dino_value.designers import fill_in, learned_views
@@ -22,6 +23,7 @@ from dino_value.steer import Steer
 SHOWN = 6  # images
 
 
+@as_configured
 def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
     """Images uint8 [n 3 H W] of the run's labelled validation split; None where it names none."""
     for layout, root in (("ade20k", config.data.ade20k), ("nyuv2", config.data.nyuv2)):

@@ -33,6 +33,7 @@ from dino_value.checkpoint import (
 )
 from dino_value.config import Config, packaged
 from dino_value.data import SkippingViews, open_views
+from dino_value.data.conventions import as_configured
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.errors import Interrupted, UserError
 from dino_value.feedback import FeedbackTask, Labels
@@ -93,6 +94,7 @@ def train(
         return _train(config, quiet or not distributed.is_first(), override, until, evaluate, stopping)
 
 
+@as_configured
 def _train(
     config: Config,
     quiet: bool,
@@ -206,6 +208,7 @@ def _train(
 class Run:
     """Everything that must survive a kill, and the two updates of Algorithm 1."""
 
+    @as_configured
     def __init__(self, config: Config) -> None:
         self.config, self.step, self.part = config, 0, distributed.own_part()
         self.device = choose_device(config.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_value.backbones import Backbone, LoadReport, create_backbone, load_backbone, load_weights, save_backbone
-from dino_value.config import Config, load_backbone_settings, load_config
+from dino_value.config import Config, load_config, load_section
 from dino_value.errors import UserError
 from dino_value.train import train
 from dino_value.weight_files import copy_in
@@ -246,8 +246,8 @@ def test_a_rule_of_positions_is_said_and_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_the_same_keys_for_evaluations() -> None:
-    found = load_backbone_settings(["prefix=encoder", "table=[3,8]", "kwargs.in_chans=4"])
+    found = load_section("backbone", ["prefix=encoder", "table=[3,8]", "kwargs.in_chans=4"])
     assert Reading.of(found) == Reading("encoder", (3, 8))
     assert found.kwargs == {"in_chans": 4}
     with pytest.raises(UserError, match=r"unknown configuration key backbone\.prefx; did you mean backbone\.prefix"):
-        load_backbone_settings(["prefx=a"])
+        load_section("backbone", ["prefx=a"])

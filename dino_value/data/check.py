@@ -19,10 +19,13 @@ from rich.table import Table
 from torch import Tensor
 
 from dino_value.data import unlabeled_files
-from dino_value.data.folders import read_image
-from dino_value.data.labelled import IGNORE, LabelledSource, Split
+from dino_value.data.conventions import conventions
+from dino_value.data.folders import not_read, read_image
+from dino_value.data.labelled import LabelledSource, Split
+from dino_value.data.labels import count_ids, remark
 from dino_value.data.layouts import Layout, open_labelled
 from dino_value.data.nyuv2 import MAT_NAME
+from dino_value.data.pixels import SHALLOW, Look, as_rgb, look_at, remarks, shallow
 from dino_value.data.revisited import NAMES, open_revisited
 from dino_value.data.splits import content_hash
 from dino_value.data.tars import TarMember, is_shards
@@ -90,6 +93,8 @@ class Seen(NamedTuple):
     content: str
     look: Tensor | None
     target: dict[str, Any]
+    header: Look | None = None
+    shallow: bool = False
 
 
 def check_data(
@@ -118,6 +123,9 @@ def check_data(
             if near is not None:
                 raise
             notes.append(f"near-duplicates were not looked for: {error}")
+    for path in (root, unlabeled) if chosen == "images" else (unlabeled,):
+        left = not_read(path) if path is not None and Path(path).is_dir() else ""
+        notes += [f"{path}: not read: {left}"] if left else []
     if chosen == "images" and unlabeled is None:
         notes += inner_sets(root)
     parts, seen = [], {}
@@ -180,13 +188,13 @@ class _Files:
     """Images without labels, as a source."""
 
     def __init__(self, paths: Sequence[Path] | Sequence[TarMember]) -> None:
-        self.paths = paths
+        self.paths, self.told = paths, conventions()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def load(self, index: int) -> tuple[Tensor, None]:
-        return read_image(self.paths[index]), None
+        return read_image(self.paths[index], self.told), None
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -208,7 +216,7 @@ def openers(root: str, layout: CheckLayout, unlabeled: str | None) -> dict[str, 
                 found[name] = lambda name=name: _Files(open_revisited(root, name).database)  # type: ignore[misc]
     else:
         for split in get_args(Split):
-            found[split] = lambda split=split: open_labelled(cast(Layout, layout), root, split)  # type: ignore[misc]
+            found[split] = lambda split=split: open_labelled(cast(Layout, layout), root, split, warn=False)  # type: ignore[misc]
     return found
 
 
@@ -234,6 +242,13 @@ def _inspect(
     part.notes = sorted({str(warning.message) for warning in said if warning.category is UserWarning})
     part.unreadable = [line for line in found if isinstance(line, str)]
     seen = [item for item in found if isinstance(item, Seen)]
+    part.notes += _remarks(seen, labelled=not isinstance(source, _Files))
+    if not isinstance(source, _Files) and source.kind == "seg":
+        ids = Counter[int]()
+        for item in seen:
+            ids.update(item.target["ids"])
+        said = remark(ids, source.class_names, whole=name == "training")
+        part.notes += [said] if said else []
     part.images = len(source)
     part.copies = len(seen) - len({item.content for item in seen})
     if not isinstance(source, _Files):
@@ -260,6 +275,7 @@ def _read_all(name: str, source: Opened, look: Callable[[Tensor], Tensor] | None
         except (UserError, OSError) as error:
             return " ".join(str(error).split())
         height, width = image.shape[-2:]
+        header = look_at(source.paths[index] if isinstance(source, _Files) else source.name(index))
         kind = None if isinstance(source, _Files) else source.kind
         return Seen(
             source.name(index),
@@ -268,6 +284,8 @@ def _read_all(name: str, source: Opened, look: Callable[[Tensor], Tensor] | None
             content,
             None if look is None else look(image),
             {} if target is None else _describe(kind, target),
+            header,
+            shallow(header, image),
         )
 
     console = Console(stderr=True)
@@ -276,12 +294,19 @@ def _read_all(name: str, source: Opened, look: Callable[[Tensor], Tensor] | None
         return list(track(rows, name, len(source), console=console, transient=True, disable=not console.is_terminal))
 
 
+def _remarks(seen: Sequence[Seen], labelled: bool) -> list[str]:
+    """What readers do with the pictures that their owner may not expect."""
+    dark = sum(item.shallow for item in seen)
+    found = remarks([item.header for item in seen], conventions(), labelled)
+    return [*found, *([f"{dark} of {len(seen)} images {SHALLOW}"] if dark else [])]
+
+
 def _describe(kind: str | None, target: Tensor) -> dict[str, Any]:
     if kind == "classes":
         return {"counts": {int(target): 1}}
     if kind == "seg":
-        ids, counts = target[target != IGNORE].unique(return_counts=True)
-        return {"counts": dict(zip(ids.tolist(), counts.tolist(), strict=True))}
+        ids = count_ids(target)
+        return {"ids": ids, "counts": {index - 1: count for index, count in ids.items() if index}}
     known = target[target > 0]
     unknown = 1 - len(known) / max(1, target.numel())
     if not len(known):
@@ -345,7 +370,7 @@ def perceptual_hash() -> Callable[[Tensor], Tensor]:
         raise UserError("near-duplicates need the package imagehash: pip install 'dino-value[data]'") from None
 
     def look(image: Tensor) -> Tensor:
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = Image.fromarray(as_rgb(image).permute(1, 2, 0).numpy())
         return torch.from_numpy(imagehash.phash(picture).hash.reshape(-1)).float() * 2 - 1
 
     return look

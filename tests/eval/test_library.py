@@ -539,6 +539,7 @@ def test_every_entry_of_the_registry(name: str) -> None:
         "model",
         "min_match",
         "backbone",
+        "files",
         "skip_unreadable",
         "set",
         "group_pattern",
