@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -84,10 +85,28 @@ def open_views(
     return SkippingViews(held, len(paths) - len(images)) if skip_unreadable else held
 
 
+def _some(paths: Sequence[Path] | Sequence[TarMember]) -> list[Path | TarMember]:
+    """At most `LOOKED_AT` of the files, evenly spaced."""
+    count = len(paths)
+    return [paths[place * count // LOOKED_AT] for place in range(LOOKED_AT)] if count > LOOKED_AT else list(paths)
+
+
+def depth_maps(paths: Sequence[Path] | Sequence[TarMember]) -> list[Path | TarMember]:
+    """Those of some of the files that are depth maps: of 16 bits, with `depth` in the name."""
+    named = [path for path in _some(paths) if "depth" in path.name.lower()]
+    return [path for path in named if (look := look_at(path)) is not None and look.deep]
+
+
 def _say_what_is_odd(root: str, paths: Sequence[Path] | Sequence[TarMember]) -> None:
     """Warn of what becomes of some of the images, evenly spaced, and of pictures that are not read."""
-    count = len(paths)
-    some = [paths[place * count // LOOKED_AT] for place in range(LOOKED_AT)] if count > LOOKED_AT else list(paths)
+    some = _some(paths)
+    maps = depth_maps(paths)
+    if maps:
+        raise UserError(
+            f"{root}: {len(maps)} of {len(some)} files looked at are depth maps (16 bits, `depth` in the name, "
+            f"{os.path.basename(maps[0])}), not photographs: move them elsewhere; to use them as labels give "
+            "data.nyuv2 a folder with lists of pairs"
+        )
     looks, dark = [look_at(path) for path in some], 0
     for path, look in zip(some, looks, strict=True):
         if look is not None and look.deep and conventions().range is None:

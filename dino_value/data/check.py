@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -18,9 +19,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dino_value.data import unlabeled_files
+from dino_value.data import depth_maps, unlabeled_files
 from dino_value.data.conventions import conventions
-from dino_value.data.folders import not_read, read_image
+from dino_value.data.folders import list_images, not_read, read_image
 from dino_value.data.labelled import LabelledSource, Split
 from dino_value.data.labels import count_ids, remark
 from dino_value.data.layouts import Layout, open_labelled
@@ -158,7 +159,12 @@ def recognise(root: str) -> CheckLayout:
         return "nyuv2"
     if any(next(path.glob(pattern), None) for pattern in ("gnd_*.pkl", "*/gnd_*.pkl")):
         return "revisited"
-    return "imagefolder" if (path / "train").is_dir() and (path / "val").is_dir() else "images"
+    if (path / "train").is_dir() and (path / "val").is_dir():
+        return "imagefolder"
+    with suppress(UserError):
+        if depth_maps(list_images(path)):
+            return "nyuv2"
+    return "images"
 
 
 def inner_sets(root: str) -> list[str]:

@@ -21,9 +21,12 @@ from torch import Tensor
 from dino_value.data.conventions import Conventions, conventions
 from dino_value.data.labelled import Kind, Split, file_groups
 from dino_value.data.pixels import (
+    DEPTH_FILES,
     DICOM,
     NoRange,
     NoReader,
+    depth_of_exr,
+    depth_of_npy,
     from_dicom,
     from_pil,
     from_tiff,
@@ -179,17 +182,33 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def read_depth(path: str | os.PathLike[str], scale: float = 1000.0) -> Tensor:
-    """One depth map as float32 [H W] metres: a 16-bit one-channel PNG of units of 1/`scale` metres.
+def read_depth(path: str | os.PathLike[str], scale: float | None = None) -> Tensor:
+    """One depth map as float32 [H W] metres: integers are units of 1/`scale` metres, floating point is in metres.
+
+    A 16-bit one-channel PNG or TIFF, a TIFF in floating point, `.npy`, or `.exr` (the package OpenEXR).
+
+    Args:
+        scale: units a metre; `data.depth_units` by default.
 
     Raises:
-        UserError: as `decoded`, or not 16 bits deep.
+        UserError: as `decoded`, or 8 bits deep, or of several channels.
     """
-    with decoded(path, "a depth map") as image:
-        mode, units = image.mode, np.array(image)
-    if not mode.startswith("I"):
-        raise UserError(f"{path}: a depth map is a 16-bit one-channel PNG, this is of PIL's mode {mode}; convert it")
-    return torch.from_numpy(units.astype(np.float32) / np.float32(scale))
+    scale = conventions().depth_units if scale is None else scale
+    ending = Path(path).suffix.lower()
+    if ending in DEPTH_FILES:
+        try:
+            units = depth_of_npy(path) if ending == ".npy" else depth_of_exr(path)
+        except _DECODE_ERRORS as error:
+            raise _unreadable(path, "a depth map", error) from None
+    else:
+        with decoded(path, "a depth map") as image:
+            mode, units = image.mode, np.array(image)
+        if not (mode.startswith("I") or mode == "F"):
+            raise UserError(
+                f"{path}: a depth map is a 16-bit one-channel PNG, this is of PIL's mode {mode}; convert it"
+            )
+    metres = units.astype(np.float32)
+    return torch.from_numpy(metres if units.dtype.kind == "f" else metres / np.float32(scale))
 
 
 def _one_line(error: Exception) -> str:

@@ -18,6 +18,8 @@ from dino_value.data.conventions import Conventions
 from dino_value.data.tars import TarMember
 
 DICOM = (".dcm", ".dicom")
+DEPTH_FILES = (".npy", ".exr")
+"""Depth maps that PIL does not read."""
 _ORIENTATION = 0x0112  # EXIF
 _SAMPLES, _BITS, _FORMAT, _MOST = 277, 258, 339, 281  # TIFF: samples a pixel, bits and kind of each, MaxSampleValue
 EIGHT, SIXTEEN = (0.0, 255.0), (0.0, 65535.0)
@@ -107,6 +109,42 @@ def from_dicom(path: Path_, told: Conventions) -> NDArray[np.uint8]:
     return _of(_scaled(values, ends), told.channels)
 
 
+def depth_of_npy(path: Path_) -> NDArray[Any]:
+    """An array [H W] of a .npy file, axes of length one left out.
+
+    Raises:
+        ValueError: not such a file, or not such an array.
+    """
+    values = np.load(os.fspath(path), allow_pickle=False)
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iuf":
+        raise ValueError("not one array of numbers")
+    flat = values.squeeze()
+    if flat.ndim != 2:
+        raise ValueError(f"an array of shape {values.shape} where height × width is wanted")
+    return flat
+
+
+def depth_of_exr(path: Path_) -> NDArray[Any]:
+    """The channel Z, depth or Y of an OpenEXR file, or the one that it has, [H W].
+
+    Raises:
+        ValueError: the package OpenEXR is not installed, or cannot read it, or there are several channels.
+    """
+    try:
+        import OpenEXR
+    except ImportError:
+        raise NoReader("an EXR file needs the package OpenEXR: pip install 'dino-value[images]'") from None
+    try:
+        with OpenEXR.File(os.fspath(path), separate_channels=True) as file:
+            channels = {name: np.asarray(channel.pixels) for name, channel in file.channels().items()}
+    except RuntimeError as error:
+        raise ValueError(f"not an EXR file that OpenEXR reads: {error}") from None
+    name = next((name for name in ("Z", "depth", "Depth", "Y") if name in channels), None)
+    if name is None and len(channels) > 1:
+        raise ValueError(f"channels {', '.join(channels)}, none of them Z, depth or Y")
+    return channels[name] if name is not None else next(iter(channels.values()))
+
+
 def deep(values: NDArray[Any], told: Conventions, span: tuple[float, float] | str) -> NDArray[np.uint8]:
     """Values [H W] or [H W C] of more than 8 bits as uint8 [H W C]; `span` is their range, or why they have none.
 
@@ -168,11 +206,14 @@ def _content(path: Path_) -> Any:
 
 
 class Look(NamedTuple):
-    """What the header of a picture says: bands, whether EXIF turns it, whether it is deeper than 8 bits."""
+    """What the header of a picture says: bands, whether EXIF turns it, whether it is deeper than 8 bits, and its size
+    (height, width) upright.
+    """
 
     bands: int
     turned: bool
     deep: bool
+    size: tuple[int, int]
 
 
 def look_at(path: Path_) -> Look | None:
@@ -180,8 +221,9 @@ def look_at(path: Path_) -> Look | None:
     with suppress(Exception), Image.open(_content(path)) as image:
         tags: Any = getattr(image, "tag_v2", {})
         bands = 0 if image.mode == "CMYK" else int(tags.get(_SAMPLES, len(image.getbands())))
-        turned = image.getexif().get(_ORIENTATION, 1) not in (0, 1)
-        return Look(bands, turned, image.mode.startswith("I"))
+        way = image.getexif().get(_ORIENTATION, 1)
+        size = (image.width, image.height) if way in (5, 6, 7, 8) else (image.height, image.width)
+        return Look(bands, way not in (0, 1), image.mode.startswith("I"), size)
     return None
 
 
