@@ -441,7 +441,7 @@ def write_page(
     notes: Sequence[str] = (),
 ) -> Path:
     """report.html, and its pictures: the tables, the claims, curves, masks and features of the first seed."""
-    from dino_value.gallery import masked, patch_map
+    from dino_value.gallery import as_pictures, masked, patch_map
     from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure
     from dino_value.report.page import Report, Section, write_report
     from dino_value.run_report import pictures_figure
@@ -449,7 +449,7 @@ def write_page(
     out = Path(spec.out)
     runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
     first = config_of(spec, next(iter(spec.arms)), 0)
-    images = _pictures(spec, first.views.global_size)
+    images = _pictures(spec, first)
     figures = [results_figure(headlines(results)), curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"))]
     if images is not None:
         shown = {arm: masked(folders[0], images) for arm, folders in runs.items()}
@@ -459,7 +459,9 @@ def write_page(
             figures.append(masks_figure(images, masks, views))
         backbones = {STEP0: start_backbone(first), **{arm: load_backbone(folders[0]) for arm, folders in runs.items()}}
         few = dict(list(backbones.items())[:PCA_ARMS])
-        figures.append(pca_figure(images, {arm: patch_map(backbone, images) for arm, backbone in few.items()}))
+        figures.append(
+            pca_figure(as_pictures(images), {arm: patch_map(backbone, images) for arm, backbone in few.items()})
+        )
     for arm in [arm for claim in claims_of(spec)[:1] for arm in claim]:
         drawings = pictures_figure(arm, runs[arm][0] if arm in runs else out / arm)
         figures += [drawings] if drawings else []
@@ -494,8 +496,10 @@ def write_page(
     return write_report(out / "report.html", page)
 
 
-def _pictures(spec: Spec, size: int, count: int = 6) -> Tensor | None:
-    """Held-out images uint8 [n 3 size size] of the first evaluation."""
+@as_configured
+def _pictures(spec: Spec, config: Config, count: int = 6) -> Tensor | None:
+    """Held-out images uint8 [n C size size] of the first evaluation, at the size of the global views."""
+    size = config.views.global_size
     name, settings = next(iter(spec.evaluate.items()))
     layout = import_module(EVALUATIONS[name]).EVALUATION.layout
     source = open_labelled(layout, settings["data"], "validation")

@@ -17,6 +17,7 @@ from dino_value.config import Config, load_config
 from dino_value.data.conventions import as_configured
 from dino_value.data.labelled import LabelledDataset
 from dino_value.data.layouts import open_labelled
+from dino_value.data.pixels import as_rgb
 from dino_value.designers import fill_in, learned_views
 from dino_value.steer import Steer
 
@@ -35,6 +36,11 @@ def held_out_images(config: Config, count: int = SHOWN) -> Tensor | None:
         images, _ = LabelledDataset(source, shown, size=size).batch(range(len(shown)))
         return images
     return None
+
+
+def as_pictures(images: Tensor) -> Tensor:
+    """Images uint8 [n C H W] as RGB to look at."""
+    return torch.stack([as_rgb(image) for image in images])
 
 
 def masked(run_folder: Path, images: Tensor, checkpoint: Path | None = None) -> tuple[Tensor, Tensor] | None:

@@ -17,7 +17,7 @@ from yaml import YAMLError
 from dino_value.backbones import WEIGHTS_NAME, load_backbone
 from dino_value.config import Config, load_config
 from dino_value.errors import UserError
-from dino_value.gallery import SHOWN, held_out_images, masked, patch_map
+from dino_value.gallery import SHOWN, as_pictures, held_out_images, masked, patch_map
 from dino_value.language.config import LanguageConfig, load_language_config
 from dino_value.pareto import DEFAULT, Axis, draw, find_points, pareto
 from dino_value.report.drawing import Figure, Panel
@@ -162,7 +162,7 @@ def _galleries(arms: Mapping[str, Sequence[Path]], images: Tensor) -> list[Figur
         figures.append(mask_history_figure(images[:few], shown))
     if finished:
         features = {arm: patch_map(load_backbone(run), images) for arm, run in finished.items()}
-        figures.append(pca_figure(images, features))
+        figures.append(pca_figure(as_pictures(images), features))
     return figures
 
 

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from dino_value import cli
-from dino_value.backbones import create_backbone, load_backbone
+from dino_value.backbones import create_backbone, load_backbone, save_backbone
 from dino_value.config import Config
 from dino_value.errors import UserError
+from dino_value.export import export
+from dino_value.gallery import as_pictures, held_out_images, patch_map
+from dino_value.report.figures import pca_figure
 from dino_value.track import read_metrics
 from dino_value.train import train
 
@@ -69,6 +72,10 @@ def test_training_and_evaluation(
     backbone = load_backbone(run)
     assert backbone.channels == channels
     assert backbone.normalise(torch.zeros(channels, 8, 8, dtype=torch.uint8)).shape == (channels, 8, 8)
+    images = held_out_images(config)
+    assert images is not None
+    assert images.shape[1] == channels
+    assert pca_figure(as_pictures(images), {"step0": patch_map(backbone, images)}).panels
     out = tmp_path / "seg"
     flags = ["--size", "16", "--steps", "2", "--batch", "2", "--workers", "0", "--save-images", "1", "--device", "cpu"]
     assert cli.main(["eval", "seg", str(run), "--data", str(root / "ade"), "--out", str(out), *flags]) == 0
@@ -108,6 +115,13 @@ def test_mask_generators_and_embedded_images_are_of_three_channels(tiny: Callabl
         train(tiny("backbone.kwargs.in_chans=4", "method=baseline", "data.unlabeled=scenes"), quiet=True)
     with pytest.raises(UserError, match=r"patch_size=\[8, 16\]: patches must be square"):
         create_backbone("vit_tiny_patch16_224", 32, {**KWARGS, "patch_size": (8, 16)})
+
+
+@pytest.mark.parametrize("format", ["timm", "hf", "torchhub"])
+def test_exports_keep_the_channels(format: str, tmp_path: Path) -> None:
+    backbone = create_backbone("vit_tiny_patch16_224", 16, {**KWARGS, "in_chans": 4})
+    save_backbone(tmp_path / "backbone.safetensors", backbone)
+    assert export(tmp_path, format, out=tmp_path / "out").difference < 1e-5  # reads back what it wrote
 
 
 def test_statistics_of_other_channels() -> None:

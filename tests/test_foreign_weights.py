@@ -13,6 +13,7 @@ from torch import Tensor
 from dino_value.backbones import Backbone, LoadReport, create_backbone, load_backbone, load_weights, save_backbone
 from dino_value.config import Config, load_config, load_section
 from dino_value.errors import UserError
+from dino_value.export import export
 from dino_value.train import train
 from dino_value.weight_files import copy_in
 from dino_value.weights import DINO, PLAIN, TIMM, Positions, Reading
@@ -210,6 +211,7 @@ def test_rectangular_tables_are_read(rows_and_columns: tuple[int, int], tmp_path
     save_backbone(tmp_path / "ours.safetensors", kept)
     again = load_backbone(tmp_path / "ours.safetensors").eval()
     assert torch.equal(again(images).patches, wide(images).patches)
+    export(tmp_path / "ours.safetensors", "torchhub", out=tmp_path / "hub")  # compares what it wrote
     other = torch.randn(1, 3, 40, 24)
     assert torch.equal(again(other).patches, kept(other).patches)
 

@@ -75,12 +75,21 @@ class ADE20K:
         Raises:
             UserError: an unreadable file, different sizes, or an id above the number of classes.
         """
-        image, ids = read_image(self._images[index], self._told), read_labels(self._annotations[index])
-        if image.shape[-2:] != ids.shape:
+        image, labels = read_image(self._images[index], self._told), self.target(index)
+        if image.shape[-2:] != labels.shape:
             raise UserError(
-                f"{self._annotations[index]}: {ids.shape[1]}×{ids.shape[0]} pixels, but its image has "
-                f"{image.shape[-1]}×{image.shape[-2]}{turned(self._images[index], image, ids)}"
+                f"{self._annotations[index]}: {labels.shape[1]}×{labels.shape[0]} pixels, but its image has "
+                f"{image.shape[-1]}×{image.shape[-2]}{turned(self._images[index], image, labels)}"
             )
+        return image, labels
+
+    def target(self, index: int) -> Tensor:
+        """The labels alone.
+
+        Raises:
+            UserError: as `load`.
+        """
+        ids = read_labels(self._annotations[index])
         highest = int(ids.max())
         if highest > self.num_classes or int(ids.min()) < 0:
             wrong = highest if highest > self.num_classes else int(ids.min())
@@ -88,7 +97,7 @@ class ADE20K:
                 f"{self._annotations[index]}: label id {wrong} is outside 0…{self.num_classes}, "
                 f"the classes of {INFO_NAME}{_IGNORED if wrong == IGNORE else ''}"
             )
-        return image, torch.where(ids == 0, IGNORE, ids - 1)
+        return torch.where(ids == 0, IGNORE, ids - 1)
 
     def name(self, index: int) -> str:
         return str(self._images[index])

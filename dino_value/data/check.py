@@ -25,7 +25,7 @@ from dino_value.data.folders import list_images, not_read, read_image
 from dino_value.data.labelled import LabelledSource, Split
 from dino_value.data.labels import count_ids, remark
 from dino_value.data.layouts import Layout, open_labelled
-from dino_value.data.nyuv2 import MAT_NAME
+from dino_value.data.nyuv2 import MAT_NAME, NYUFolder
 from dino_value.data.pixels import SHALLOW, Look, as_rgb, look_at, remarks, shallow
 from dino_value.data.revisited import NAMES, open_revisited
 from dino_value.data.splits import content_hash
@@ -249,6 +249,8 @@ def _inspect(
     part.unreadable = [line for line in found if isinstance(line, str)]
     seen = [item for item in found if isinstance(item, Seen)]
     part.notes += _remarks(seen, labelled=not isinstance(source, _Files))
+    if isinstance(source, NYUFolder):
+        part.notes.append(f"depth maps in integers are read as {source.scale:g} units a metre (data.depth_units)")
     if not isinstance(source, _Files) and source.kind == "seg":
         ids = Counter[int]()
         for item in seen:

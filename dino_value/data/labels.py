@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -58,8 +58,13 @@ def header_remark(line: str) -> str | None:
     return f"the first line, {line.strip()!r}, is taken for a header; if it is a class, put a line Idx<TAB>Name first"
 
 
-def oddities(source: LabelledSource, teaches: bool) -> list[str]:
-    """What to say of a labelled set after a look at some of its files; nothing of what cannot be read."""
+def oddities(source: LabelledSource, teaches: bool, target: Callable[[int], Tensor] | None = None) -> list[str]:
+    """What to say of a labelled set after a look at some of its files; nothing of what cannot be read.
+
+    Args:
+        teaches: it is a training split.
+        target: reads a label map without its image.
+    """
     count = len(source)
     places = range(count) if count <= LOOKED_AT else [place * count // LOOKED_AT for place in range(LOOKED_AT)]
     found = remarks([look_at(source.name(place)) for place in places], conventions(), labelled=True)
@@ -67,7 +72,7 @@ def oddities(source: LabelledSource, teaches: bool) -> list[str]:
         counts = Counter[int]()
         for place in places:
             with suppress(UserError):
-                counts.update(count_ids(source.load(place)[1]))
+                counts.update(count_ids(target(place) if target is not None else source.load(place)[1]))
         said = remark(counts, source.class_names, teaches and len(places) == count)
         found += [said] if said else []
     return found

@@ -56,6 +56,6 @@ def open_labelled(
     else:
         source = folders.open_imagefolder(path, split, group_pattern, neighbours)
     if warn and layout != "imagefolder":
-        for text in oddities(source, teaches=split == "training"):
+        for text in oddities(source, split == "training", getattr(source, "target", None)):
             warnings.warn(f"{path}: {text}", stacklevel=2)
     return readable(source) if skip_unreadable else source

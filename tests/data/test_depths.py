@@ -52,6 +52,7 @@ def test_units_a_metre(units: float, tmp_path: Path) -> None:
         source = open_labelled("nyuv2", root)
         part = check_data(str(root), near=-1).parts[0]
     np.testing.assert_allclose(source.load(0)[1], METRES, atol=0.5 / units)  # the source keeps them
+    assert part.notes == [f"depth maps in integers are read as {units:g} units a metre (data.depth_units)"]
     assert part.depth["max"] == pytest.approx(9, abs=0.5 / units)
 
 
