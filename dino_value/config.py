@@ -546,9 +546,9 @@ def _merged(source: str, loaded: DictConfig, overrides: Sequence[str], schema: t
     except MissingMandatoryValue as error:
         raise UserError(f"{source}: {error.full_key} is not set: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
-        value = OmegaConf.to_container(tree)
+        value: Any = OmegaConf.to_container(tree)
         for name in str(error.full_key or "").split("."):
-            value = value.get(name) if isinstance(value, dict) else value  # type: ignore[assignment]
+            value = value.get(name) if isinstance(value, dict) else value
         raise UserError(
             f"{source}: {error.full_key}={value}: refers to what is not there; write the value itself"
         ) from None
@@ -564,8 +564,8 @@ def _emptied(given: Any, schema: type, prefix: str = "") -> list[str]:
         if factory is dict and not given[item.name]:
             given[item.name] = {}
             found.append(f"{prefix}{item.name}")
-        elif is_dataclass(factory):
-            found += _emptied(given[item.name], type(factory()), f"{prefix}{item.name}.")
+        elif is_dataclass(inner := type(factory())):
+            found += _emptied(given[item.name], inner, f"{prefix}{item.name}.")
     return found
 
 

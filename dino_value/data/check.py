@@ -255,8 +255,8 @@ def _inspect(
         ids = Counter[int]()
         for item in seen:
             ids.update(item.target["ids"])
-        said = remark(ids, source.class_names, whole=name == "training")
-        part.notes += [said] if said else []
+        odd = remark(ids, source.class_names, whole=name == "training")
+        part.notes += [odd] if odd else []
     part.images = len(source)
     part.copies = len(seen) - len({item.content for item in seen})
     if not isinstance(source, _Files):
