@@ -29,8 +29,20 @@ from dino_value.attention import AsNow, choose, kernel, wants_math
 from dino_value.blocks import apply_block, class_attention, compiled_block, is_unit, run_in, unknown
 from dino_value.errors import UserError
 from dino_value.files import replacing
-from dino_value.weight_files import read_header, read_weights, with_checksum
-from dino_value.weights import TIMM, misfits, recognise, table_side, to_timm
+from dino_value.weight_files import Copy, read_copy, read_header, with_checksum
+from dino_value.weights import (
+    RULES,
+    TIMM,
+    Reading,
+    Weights,
+    misfits,
+    part_of,
+    pixels,
+    recognise,
+    table_fault,
+    table_grid,
+    to_timm,
+)
 
 WEIGHTS_NAME = "backbone.safetensors"
 
@@ -63,9 +75,10 @@ Replace = Callable[[Tensor], Tensor]
 class Backbone(nn.Module):
     """A timm VisionTransformer or EVA/DINOv3-style ViT, without its classifier.
 
-    Images are float [B 3 H W], normalised with `mean` and `std`; H and W are multiples of `patch_size`.
+    Images are float [B C H W], normalised with `mean` and `std`; H and W are multiples of `patch_size`.
 
     Attributes:
+        channels: C, timm's `in_chans`; 3 are red, green and blue.
         attention: the backend, see `set_attention`.
         subset: stochastic depth runs a branch on a subset of the images, see `blocks.run_block`.
         compiled: blocks run compiled, except where the caller asks for the math kernel to differentiate twice.
@@ -81,8 +94,9 @@ class Backbone(nn.Module):
         self.num_prefix_tokens = int(model.num_prefix_tokens)
         # Not timm's global_pool: it says `avg` of DINOv3, whose own objective reads the class token.
         self.has_cls = getattr(model, "cls_token", None) is not None
-        self.mean: tuple[float, ...] = tuple(model.pretrained_cfg["mean"])
-        self.std: tuple[float, ...] = tuple(model.pretrained_cfg["std"])
+        self.channels = int(model.patch_embed.proj.weight.shape[1])
+        self.mean: tuple[float, ...] = per_channel(model.pretrained_cfg["mean"], self.channels)
+        self.std: tuple[float, ...] = per_channel(model.pretrained_cfg["std"], self.channels)
         # Models that pool keep their last norm for after the pooling; dense features want it on every token.
         self.final_norm = "fc_norm" if isinstance(model.norm, nn.Identity) else "norm"
         self.attention = "sdpa"
@@ -92,7 +106,7 @@ class Backbone(nn.Module):
         self._mean: Tensor
         self._std: Tensor
         for buffer, values in (("_mean", self.mean), ("_std", self.std)):
-            self.register_buffer(buffer, torch.tensor(values).view(3, 1, 1), persistent=False)
+            self.register_buffer(buffer, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     @overload
     def forward(
@@ -308,10 +322,16 @@ class Backbone(nn.Module):
         return paid[:, self.num_prefix_tokens :].unflatten(1, state.grid)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [… 3 H W] or float in [0, 1] to what the model expects."""
+        """uint8 [… C H W] or float in [0, 1] to what the model expects."""
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
         return (images - self._mean.to(images.device)) / self._std.to(images.device)
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Statistics of red, green and blue for other channels: their mean for each that is none of these."""
+    mean = sum(values) / len(values)
+    return tuple(values[:channels]) + (mean,) * (channels - len(values)) if channels >= 3 else (mean,) * channels
 
 
 def _as_now() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
@@ -321,22 +341,24 @@ def _as_now() -> tuple[contextlib.AbstractContextManager[None], contextlib.Abstr
 
 def create_backbone(
     name: str,
-    img_size: int,
+    img_size: int | Sequence[int],
     kwargs: Mapping[str, Any] | None = None,
     weights: str | os.PathLike[str] | None = None,
     min_match: float = 0.9,
     keep_grid: bool = False,
     size_key: str = "img_size",
+    reading: Reading | None = None,
 ) -> Backbone:
     """A timm ViT by name, for inputs of any size that the patch divides.
 
     Args:
-        img_size: the size its position embedding is made for, pixels.
+        img_size: the size its position embedding is made for, pixels: of a side, or height and width.
         kwargs: passed to timm (`patch_size`, `embed_dim`, `depth`, `num_heads`, `drop_path_rate`, …).
         weights: a local file to start from, in any layout of weights.py; nothing is ever downloaded.
         min_match: the share of the model's tensors that the file must fill, and of the file's that must find a place.
         keep_grid: take the file's own table of positions, whatever `img_size`; see `load_weights`.
         size_key: what the user calls `img_size`, for messages.
+        reading: what the file cannot say of itself.
 
     Raises:
         UserError: unknown name (with the nearest known ones), not a ViT, arguments timm refuses, or bad weights.
@@ -348,9 +370,10 @@ def create_backbone(
     for rate in [key for key in kwargs if key.endswith("_rate")]:
         if not (isinstance(kwargs[rate], (int, float)) and 0 <= kwargs[rate] < 1):
             raise UserError(f"backbone.kwargs.{rate}={kwargs[rate]}: a share that is dropped must lie in [0, 1)")
+    size: Any = img_size if isinstance(img_size, int) else tuple(img_size)
     try:
         model: Any = timm.create_model(
-            name, pretrained=False, num_classes=0, img_size=img_size, dynamic_img_size=True, **kwargs
+            name, pretrained=False, num_classes=0, img_size=size, dynamic_img_size=True, **kwargs
         )
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(
@@ -358,10 +381,13 @@ def create_backbone(
         ) from None
     if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "_pos_embed", "norm")):
         raise UserError(f"backbone.name={name} is not a vision transformer; choose a timm vit_* model")
+    if len(set(model.patch_embed.patch_size)) > 1:
+        raise UserError(f"backbone.kwargs.patch_size={list(model.patch_embed.patch_size)}: patches must be square")
     backbone = Backbone(name, model, {**kwargs, "img_size": img_size})
-    backbone.check_size(img_size, size_key)
+    for side in (size,) if isinstance(size, int) else size:
+        backbone.check_size(side, size_key)
     if weights is not None:
-        print(f"{weights}: {load_weights(backbone, weights, min_match, keep_grid)}", file=sys.stderr)
+        print(f"{weights}: {load_weights(backbone, weights, min_match, keep_grid, reading)}", file=sys.stderr)
     return backbone
 
 
@@ -369,8 +395,8 @@ def create_backbone(
 class LoadReport:
     """What a weights file filled: names of the model's tensors, and of the file's tensors that had no place.
 
-    Beside them the layout the file was read as, tensors left out by intent (heads, mask tokens, constants), and what
-    was resampled.
+    Beside them the layout the file was read as, tensors left out by intent (heads, mask tokens, constants), what was
+    taken or resampled, and the parts that stay random because they were named.
     """
 
     matched: list[str]
@@ -379,6 +405,8 @@ class LoadReport:
     format: str = "timm"
     ignored: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
+    rule: str = ""  # how positions are resized, where files of this layout differ in it
 
     @property
     def share(self) -> float:
@@ -389,15 +417,21 @@ class LoadReport:
         def some(names: list[str]) -> str:
             return f"{len(names)}" + (f" ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "")
 
-        aside = "; ".join([*([f"left out {some(self.ignored)}"] if self.ignored else []), *self.notes])
+        left = [f"left out {some(self.ignored)}"] if self.ignored else []
+        aside = "; ".join([*left, *self.notes, *([self.rule] if self.rule else [])])
         return (
             f"read as {self.format}{f' ({aside})' if aside else ''}: "
             f"matched {len(self.matched)}, missing {some(self.missing)}, unexpected {some(self.unexpected)}"
+            f"{'; random: ' + ', '.join(self.random) if self.random else ''}"
         )
 
 
 def load_weights(
-    backbone: Backbone, path: str | os.PathLike[str], min_match: float = 0.9, keep_grid: bool = False
+    backbone: Backbone,
+    path: str | os.PathLike[str],
+    min_match: float = 0.9,
+    keep_grid: bool = False,
+    reading: Reading | None = None,
 ) -> LoadReport:
     """Fill `backbone` from a local .safetensors or .pth file of DINO, DINOv2, DINOv3, timm or transformers.
 
@@ -405,43 +439,91 @@ def load_weights(
     With `keep_grid` the model takes the file's own table, so that features of every size are the published ones;
     without, the table is resampled once to the model's grid, and its shape depends on the model alone.
 
-    A tensor of another shape counts as missing *and* unexpected: nothing is half-loaded in silence.
+    A tensor of another shape counts as missing *and* unexpected: nothing is half-loaded in silence. What every patch
+    passes through (`weights.PARTS`) must be there, whatever the share, unless `reading.random` names it.
 
     Raises:
-        UserError: the file is absent or unreadable; its width is another; less than `min_match` fits; or, unless
-            `min_match` is 0, it has another number of registers, or biases that the model lacks.
+        UserError: the file is absent or unreadable; its width is another; less than `min_match` fits; a part is missing
+            that is not named as random; or, unless `min_match` is 0, it has another number of registers, or biases that
+            the model lacks.
     """
-    model = backbone.model
-    weights = recognise(*read_weights(path))
+    model, reading = backbone.model, reading or Reading()
+    copy, header = read_copy(path, reading.prefix)
+    weights = recognise(copy.tensors, header).told(reading)
     wrong = misfits(weights, model, backbone.name)
+    fault = None if wrong else table_fault(weights, model)
+    if fault:
+        raise UserError(f"{path}: {fault}")
     if keep_grid and not wrong and model.pos_embed is not None:
-        side = table_side(weights, model)
-        if side is not None and (side, side) != tuple(model.patch_embed.grid_size):
-            model.set_input_size(img_size=(side * backbone.patch_size,) * 2)
-            backbone.kwargs["img_size"] = side * backbone.patch_size
+        grid = table_grid(weights, model)
+        if grid is not None and grid != tuple(model.patch_embed.grid_size):
+            model.set_input_size(img_size=(grid[0] * backbone.patch_size, grid[1] * backbone.patch_size))
+            backbone.kwargs["img_size"] = pixels(grid, backbone.patch_size)
     tensors, notes = to_timm(weights, model)
     wanted = model.state_dict()
     matched = [name for name, value in wanted.items() if name in tensors and tensors[name].shape == value.shape]
     keep = set(matched)
+    missing = [name for name in wanted if name not in keep]
+    absent = list(dict.fromkeys(part for part in map(part_of, missing) if part is not None))
     report = LoadReport(
         matched,
-        [name for name in wanted if name not in keep],
+        missing,
         [name for name in tensors if name not in keep],
         weights.format,
         weights.ignored,
-        notes,
+        [*_taken(copy), *notes],
+        [part for part in absent if part in reading.random],
+        _rule(weights, model, reading),
     )
     reasons = [f"{report.share:.0%} is below backbone.min_match={min_match:.0%}"] if report.share < min_match else []
     if min_match > 0 or weights.width not in (None, backbone.embed_dim):
         reasons += wrong
+    reasons += [_lacking(part, missing, tensors, model) for part in absent if part not in reading.random]
     if reasons:
-        advice = "" if wrong else ". Name the architecture that wrote the file"
+        advice = "" if wrong or len(matched) > len(missing) else ". Name the architecture that wrote the file"
+        if not matched and copy.keys:
+            keys = ", ".join(copy.keys[:8]) + (", …" if len(copy.keys) > 8 else "")
+            advice += f", or backbone.prefix=NAME where its names begin so (at the top of the file: {keys})"
         raise UserError(f"{path}: these weights do not fit {backbone.name}: {report}; {'; '.join(reasons)}{advice}")
     model.load_state_dict({name: tensors[name] for name in matched}, strict=False)
     # Rotary models are timm's: the rules are for a table alone.
     learned = model.pos_embed is not None and getattr(model, "rope", None) is None
-    backbone.positions = weights.positions if learned else TIMM
+    grid = tuple(model.patch_embed.grid_size)
+    rule = weights.positions._replace(grid=None if grid[0] == grid[1] else grid)
+    backbone.positions = rule if learned else TIMM
     return report
+
+
+def _taken(copy: Copy) -> list[str]:
+    """Which copy of the network was taken, where a file holds several, in words."""
+    return [f"took {copy.name or 'the top level'}, not {', '.join(copy.others)}"] if copy.others else []
+
+
+def _rule(weights: Weights, model: Any, reading: Reading) -> str:
+    """How positions are resized, in words, where it was chosen or files of one form differ in it."""
+    if model.pos_embed is None or not (weights.format.startswith("DINOv2") or reading.positions != "auto"):
+        return ""
+    name = next((name for name, rule in RULES.items() if rule == weights.positions._replace(grid=None)), "its header's")
+    other = "dino" if name == "timm" else "timm"
+    chosen = "as told" if reading.positions != "auto" else f"by the layout; backbone.positions={other} for the other"
+    how = "with" if weights.positions.antialias else "without"
+    return f"positions resized {how} antialiasing ({name}, {chosen})"
+
+
+def _lacking(part: str, missing: Sequence[str], tensors: Mapping[str, Tensor], model: Any) -> str:
+    """Why a part that must be there is not, and what to do."""
+    if part == "patch_embed" and "patch_embed.proj.weight" in tensors:
+        theirs, ours = tensors["patch_embed.proj.weight"], model.patch_embed.proj.weight
+        if theirs.ndim == ours.ndim and theirs.shape[1] != ours.shape[1]:
+            return (
+                f"its patch embedding is of {theirs.shape[1]} channels, the model's of {ours.shape[1]}: set "
+                f"backbone.kwargs.in_chans={theirs.shape[1]}, or backbone.random=[patch_embed] to begin a new one"
+            )
+    there = any(part_of(name) == part for name in missing if name in tensors)
+    ways = f"name it in backbone.random=[{part}] if it may begin at random"
+    if part == "cls_token" and not there:
+        ways += ", or set backbone.kwargs={class_token: false, global_pool: avg} for a model without one"
+    return f"its {part} is {'of another shape' if there else 'missing'}: {ways}"
 
 
 def save_backbone(path: str | os.PathLike[str], backbone: Backbone, extra: Mapping[str, str] | None = None) -> None:
@@ -490,6 +572,7 @@ def load_backbone(
     img_size: int = 224,
     kwargs: Mapping[str, Any] | None = None,
     min_match: float = 0.9,
+    reading: Reading | None = None,
 ) -> Backbone:
     """The backbone of a run folder, or of a weights file.
 
@@ -514,4 +597,5 @@ def load_backbone(
     if model is None:
         raise UserError(f"{path}: the file does not name its architecture; add --model with a timm name")
     kwargs = dict(kwargs or {})
-    return create_backbone(model, int(kwargs.pop("img_size", img_size)), kwargs, path, min_match, keep_grid=True)
+    size = kwargs.pop("img_size", img_size)
+    return create_backbone(model, size, kwargs, path, min_match, keep_grid=True, reading=reading)

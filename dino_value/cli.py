@@ -153,6 +153,13 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--unlabeled", metavar="PATH", help="also compare this unlabeled stream with the held-out images")
     look.add_argument("--field", metavar="NAME", help="of shards: which member of a sample is its image (data.field)")
     look.add_argument(
+        "--files",
+        action="append",
+        metavar="KEY=VALUE",
+        help="what the files cannot say, as data.KEY of training: range, max_pixels, depth_units, max_depth",
+    )
+    look.add_argument("--channels", type=int, default=3, help="that the backbone takes (default: 3)")
+    look.add_argument(
         "--near",
         type=int,
         metavar="BITS",
@@ -290,10 +297,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _check_data(arguments: argparse.Namespace) -> int:
+    from dino_value.config import load_section
     from dino_value.data.check import check_data, print_report
+    from dino_value.data.conventions import Conventions, using
     from dino_value.files import write_json
 
-    report = check_data(arguments.root, arguments.layout, arguments.unlabeled, arguments.near, arguments.field)
+    with using(Conventions.of(load_section("data", arguments.files or ()), arguments.channels)):
+        report = check_data(arguments.root, arguments.layout, arguments.unlabeled, arguments.near, arguments.field)
     if arguments.json is not None:
         try:
             write_json(arguments.json, report.as_json())

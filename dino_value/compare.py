@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from yaml import YAMLError
 
 from dino_value.backbones import WEIGHTS_NAME, Backbone, create_backbone, load_backbone, load_weights
 from dino_value.config import Config, load_config, packaged
+from dino_value.data.conventions import Conventions, as_configured, conventions, using
 from dino_value.data.labelled import Kept, LabelledDataset, Split
 from dino_value.data.layouts import Layout, open_labelled
 from dino_value.data.sampling import end_with
@@ -40,6 +41,7 @@ from dino_value.report.statistics import Comparison, compare_all, metric_of
 from dino_value.report.terminal import results_table
 from dino_value.track import duration, environment, read_metrics
 from dino_value.train import train
+from dino_value.weights import Reading
 
 HEADLINES = {"seg": "miou", "depth": "rmse", "linear": "top1", "knn": "knn_top1"}
 """The number of each evaluation that arms are compared by."""
@@ -288,6 +290,7 @@ def _start_row(spec: Spec, seed: int) -> dict[str, float]:
     return _kept(path, spec.evaluate, config, start_backbone(config))
 
 
+@as_configured
 def _kept(path: Path, evaluations: Mapping[str, Any], config: Config, backbone: Backbone) -> dict[str, float]:
     """The evaluation's numbers, from `path` if it holds them of these weights."""
     weights = digest(backbone)
@@ -316,7 +319,9 @@ def start_backbone(config: Config) -> Backbone:
     b = config.backbone
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = create_backbone(b.name, config.views.global_size, b.kwargs, b.weights, b.min_match, b.keep_grid)
+        backbone = create_backbone(
+            b.name, config.views.global_size, b.kwargs, b.weights, b.min_match, b.keep_grid, reading=Reading.of(b)
+        )
     if config.start_from is not None:
         path = packaged(config.start_from)
         load_weights(backbone, path / WEIGHTS_NAME if path.is_dir() else path)
@@ -332,11 +337,13 @@ def evaluate(
         keep: have the images stay in memory for this process's next evaluation.
         pictures: a folder; the first predictions are drawn beside the truth, to `pictures`/NAME/pictures.
     """
-    opened = _open_kept if keep else open_labelled
+    opened = partial(_open_kept, conventions()) if keep else open_labelled
     found: dict[str, float] = {}
+    told = replace(conventions(), channels=backbone.channels)
     for name, settings in evaluations.items():
         evaluation = import_module(EVALUATIONS[name]).EVALUATION
-        parts = (opened(evaluation.layout, settings["data"], part) for part in ("training", "validation"))
+        with using(told):
+            parts = [opened(evaluation.layout, settings["data"], part) for part in ("training", "validation")]
         options = _options(name, settings, seed)
         if pictures is not None and name in DRAWN:
             options = replace(options, save_images=PREDICTIONS)
@@ -354,7 +361,8 @@ def evaluate(
 
 
 @lru_cache(maxsize=8)
-def _open_kept(layout: Layout, path: str, part: Split) -> Kept:
+def _open_kept(told: Conventions, layout: Layout, path: str, part: Split) -> Kept:
+    """`told` holds already; it is here to be remembered by."""
     return Kept(open_labelled(layout, path, part))
 
 
@@ -436,7 +444,7 @@ def write_page(
     notes: Sequence[str] = (),
 ) -> Path:
     """report.html, and its pictures: the tables, the claims, curves, masks and features of the first seed."""
-    from dino_value.gallery import masked, moved, patch_map
+    from dino_value.gallery import as_pictures, masked, moved, patch_map
     from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure, targets_figure
     from dino_value.report.page import Report, Section, write_report
     from dino_value.run_report import pictures_figure
@@ -444,7 +452,7 @@ def write_page(
     out = Path(spec.out)
     runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
     first = config_of(spec, next(iter(spec.arms)), 0)
-    images = _pictures(spec, first.views.global_size)
+    images = _pictures(spec, first)
     figures = [results_figure(headlines(results)), curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"))]
     if images is not None:
         shown = {arm: masked(folders[0], images) for arm, folders in runs.items()}
@@ -454,10 +462,12 @@ def write_page(
             figures.append(masks_figure(images, masks, views))
         maps = {arm: found for arm, folders in runs.items() if (found := moved(folders[0], images)) is not None}
         if maps:
-            figures.append(targets_figure(images, maps))
+            figures.append(targets_figure(as_pictures(images), maps))
         backbones = {STEP0: start_backbone(first), **{arm: load_backbone(folders[0]) for arm, folders in runs.items()}}
         few = dict(list(backbones.items())[:PCA_ARMS])
-        figures.append(pca_figure(images, {arm: patch_map(backbone, images) for arm, backbone in few.items()}))
+        figures.append(
+            pca_figure(as_pictures(images), {arm: patch_map(backbone, images) for arm, backbone in few.items()})
+        )
     for arm in [arm for claim in claims_of(spec)[:1] for arm in claim]:
         drawings = pictures_figure(arm, runs[arm][0] if arm in runs else out / arm)
         figures += [drawings] if drawings else []
@@ -492,8 +502,10 @@ def write_page(
     return write_report(out / "report.html", page)
 
 
-def _pictures(spec: Spec, size: int, count: int = 6) -> Tensor | None:
-    """Held-out images uint8 [n 3 size size] of the first evaluation."""
+@as_configured
+def _pictures(spec: Spec, config: Config, count: int = 6) -> Tensor | None:
+    """Held-out images uint8 [n C size size] of the first evaluation, at the size of the global views."""
+    size = config.views.global_size
     name, settings = next(iter(spec.evaluate.items()))
     layout = import_module(EVALUATIONS[name]).EVALUATION.layout
     source = open_labelled(layout, settings["data"], "validation")

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from dino_value.errors import UserError
@@ -45,6 +45,12 @@ class DataConfig:
     workers: int = 2  # loader processes for the unlabeled stream
     in_memory: bool = False  # decode once, the labelled images too; for small sets of equally sized images
     skip_unreadable: bool = False  # go on without images that cannot be read, and count them; else they end the run
+    # Values that become black and white in images deeper than 8 bits, [0, 4095] for 12 in 16; by default the type's or,
+    # where it says, the file's own; pixels with a sign, of 32 bits or in floating point are refused without it.
+    range: list[float] = field(default_factory=list)
+    max_pixels: int = 178_956_970  # an image of more is refused by its header; PIL's own limit
+    depth_units: float = 1000.0  # units a metre of depth maps in integers: millimetres; KITTI: 256, TUM: 5000
+    max_depth: float = 10.0  # metres, beyond which depth counts as unknown: NYUv2's sensor; KITTI: 80
     group_pattern: str | None = None  # regex on a label file's stem; images of one group never part train from meta
     neighbours: int = 1  # or: this many consecutive labelled images are one group, as frames of one place
 
@@ -73,10 +79,18 @@ class ViewsConfig:
 
 @dataclass
 class BackboneConfig:
+    """Which model, what it begins with, how it runs. What it says of a weights file is `weights.Reading`."""
+
     name: str = "vit_base_patch16_224"  # any timm ViT
     kwargs: dict[str, Any] = field(default_factory=dict)  # passed to timm
     weights: str | None = None  # a local file
     min_match: float = 0.9  # refuse weights that fill less of the model
+    # Parts that may stay random where the file lacks them: patch_embed, pos_embed, cls_token, reg_token, norm_pre,
+    # norm. None by default: no share of the whole would show that one is missing.
+    random: list[str] = field(default_factory=list)
+    prefix: str | None = None  # of the names to take; by default what a vision transformer's names show, EMA first
+    table: list[int] = field(default_factory=list)  # rows and columns of the file's positions; by default a square
+    positions: str = "auto"  # how they are resized: as the layout's authors do; or timm, dino, plain (docs/training.md)
     keep_grid: bool = False  # keep the positions' table as it was trained, not resampled to views.global_size
     attention: str = "sdpa"  # or math: plain matrix products; xformers; varlen: all crop sizes in one pass; auto
     drop_path_mode: str = "timm"  # a mask; or subset: stochastic depth that leaves out the work, as DINOv2's
@@ -532,6 +546,16 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     return check(config)
 
 
+def load_section(name: Literal["backbone", "data"], overrides: Sequence[str]) -> Any:
+    """The section `name` from `key=value`s whose keys are its own, for commands that have no configuration.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    given = ["out=x", "data.unlabeled=x", *(f"{name}.{part}" for part in overrides)]
+    return getattr(_merged(f"--{name}", OmegaConf.create({}), given, Config), name)
+
+
 def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], schema: type) -> Any:
     """A YAML file, or a packaged one by name, with `key=value` overrides, as the dataclass `schema`; not yet checked.
 
@@ -540,23 +564,58 @@ def load_structured(source: str | os.PathLike[str], overrides: Sequence[str], sc
     """
     try:
         loaded = OmegaConf.load(find_config(source))
-        given = OmegaConf.from_dotlist(list(overrides))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: not valid YAML: {_one_line(error)}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: not valid YAML at {error.full_key or 'its top'}: mend its brackets") from None
     except OSError as error:  # also what OmegaConf makes of a file that holds bytes or a date alone
         raise UserError(f"{source}: cannot be read as keys and values: {_one_line(error)}") from None
-    for part in overrides:
-        if "=" not in part:
-            raise UserError(f"override {part!r}: write key=value, for example steps=300")
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{source}: expected keys and values at the top level")
-    for tree in (loaded, given):
-        _refuse_unknown(OmegaConf.to_container(tree), schema, "", schema)
+    return _merged(str(source), loaded, overrides, schema)
+
+
+def _merged(source: str, loaded: DictConfig, overrides: Sequence[str], schema: type) -> Any:
+    """`loaded` with `key=value`s, one after the other, as the dataclass `schema`."""
+    tree = OmegaConf.create({})
+    for part in ("", *overrides):
+        if part and "=" not in part:
+            raise UserError(f"override {part!r}: write key=value, for example steps=300")
+        try:
+            given: Any = OmegaConf.to_container(OmegaConf.from_dotlist([part]) if part else loaded)
+        except (YAMLError, OmegaConfBaseException):
+            where = f"{part}: not valid YAML" if part else f"{source}: not valid: a ${{…}} in it is not closed"
+            raise UserError(f"{where}; mend its brackets, or quote the value") from None
+        _refuse_unknown(given, schema, "", schema)
+        for key in _emptied(given, schema):
+            OmegaConf.update(tree, key, {}, merge=False, force_add=True)
+        tree = OmegaConf.merge(tree, given)  # type: ignore[assignment]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), loaded, given)
-        return OmegaConf.to_object(merged)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except MissingMandatoryValue as error:
+        raise UserError(f"{source}: {error.full_key} is not set: give {error.full_key}=VALUE") from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{source}: {_one_line(error)}") from None
+        value: Any = OmegaConf.to_container(tree)
+        for name in str(error.full_key or "").split("."):
+            value = value.get(name) if isinstance(value, dict) else value
+        raise UserError(
+            f"{source}: {error.full_key}={value}: refers to what is not there; write the value itself"
+        ) from None
+
+
+def _emptied(given: Any, schema: type, prefix: str = "") -> list[str]:
+    """Keys of free mappings that `given` empties, by `{}` or null: these take the place of what was there."""
+    found = []
+    for item in fields(schema):
+        factory: Any = item.default_factory
+        if item.name not in given or not callable(factory):
+            continue
+        if factory is dict and not given[item.name]:
+            given[item.name] = {}
+            found.append(f"{prefix}{item.name}")
+        elif is_dataclass(inner := type(factory())):
+            found += _emptied(given[item.name], inner, f"{prefix}{item.name}.")
+    return found
 
 
 def check(config: Config) -> Config:
@@ -600,6 +659,7 @@ def check(config: Config) -> Config:
         raise UserError(f"designer.keep_ratio={config.designer.keep_ratio}: must lie between 0 and 1")
     _check_designer(config.designer.name)
     _check_roles(config)
+    _check_channels(config)
     heads = max(1, config.designer.width // 32)
     if config.designer.mask == "sit" and (config.designer.width % 4 or config.designer.width % heads):
         raise UserError(
@@ -753,6 +813,15 @@ def _check_designer(name: str) -> None:
         )
 
 
+def _check_channels(config: Config) -> None:
+    channels = config.backbone.kwargs.get("in_chans", 3)
+    if channels != 3 and config.designs and (config.designer.mask or config.designer.control):
+        raise UserError(
+            f"backbone.kwargs.in_chans={channels} with designer.name={config.designer.name}: mask generators read "
+            "three channels; choose designer.name=weights or best_of_n, or method=baseline or finetune"
+        )
+
+
 def _check_roles(config: Config) -> None:
     """What a method asks of the designer, and what a designer has no use for."""
     d = config.designer
@@ -825,6 +894,34 @@ def _refuse_unknown(given: Any, schema: type, prefix: str, root: type) -> None:
         inner = type(factory()) if callable(factory) else None
         if inner is not None and is_dataclass(inner):
             _refuse_unknown(value, inner, f"{prefix}{key}.", root)
+        elif not _fits(schema, key, value):
+            hint = get_type_hints(schema)[key]
+            raise UserError(f"{prefix}{key}={'null' if value is None else value}: expected {_in_words(hint)}")
+
+
+def _fits(schema: type, key: str, value: Any) -> bool:
+    """Whether OmegaConf takes a value for a field; of a reference to another key that is known later."""
+    if value is None and get_origin(get_type_hints(schema)[key]) is dict:
+        return True
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), {key: value})
+    except (OmegaConfBaseException, TypeError, ValueError):
+        return False
+    return True
+
+
+def _in_words(hint: Any) -> str:
+    """What a field's type asks for."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if type(None) in get_args(hint):
+        return f"{_in_words(kinds[0])}, or null"
+    if get_origin(hint) is tuple:
+        return f"{len(kinds)} numbers, for example [{', '.join('0.5' for _ in kinds)}]"
+    if get_origin(hint) is list:
+        return f"a list, for example [{'1, 2' if kinds[0] is int else 'a, b'}]"
+    if get_origin(hint) is dict:
+        return "keys and values, for example {depth: 3}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
 def _all_keys(schema: type, prefix: str) -> list[str]:

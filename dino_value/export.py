@@ -83,7 +83,7 @@ def export(
 @torch.no_grad()
 def _difference(backbone: Backbone, other: nn.Module) -> float:
     """Of two images' features, at the size of the backbone's own table of positions."""
-    images = torch.randn(2, 3, *pixels(backbone), generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, backbone.channels, *pixels(backbone), generator=torch.Generator().manual_seed(0))
     expected, found = backbone(images), other.eval()(images)
     worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected[:2], found[:2], strict=True))
     return worst if math.isfinite(worst) else math.inf
@@ -101,6 +101,8 @@ def to_timm(backbone: Backbone, folder: Path) -> nn.Module:
     else:
         arguments["global_pool"] = model.global_pool
     described = {key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct", "first_conv")}
+    if backbone.channels != 3:  # or timm fits the patch embedding to what it takes for a file of three
+        described |= {"mean": list(backbone.mean), "std": list(backbone.std), "first_conv": None}
     config = {
         "architecture": backbone.name.split(".")[0],
         "num_classes": 0,
@@ -111,7 +113,7 @@ def to_timm(backbone: Backbone, folder: Path) -> nn.Module:
             **described,
             "tag": "dino_value",
             "custom_load": False,
-            "input_size": [3, *pixels(backbone)],
+            "input_size": [backbone.channels, *pixels(backbone)],
             "fixed_input_size": False,
             "num_classes": 0,
             "classifier": "head",

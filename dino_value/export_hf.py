@@ -100,7 +100,7 @@ def _hf_config(backbone: Backbone, layout: str, tensors: Mapping[str, Tensor]) -
         "num_attention_heads": heads(backbone),
         "image_size": height if height == width else [height, width],
         "patch_size": backbone.patch_size,
-        "num_channels": 3,
+        "num_channels": backbone.channels,
         "hidden_act": "silu" if gated else "gelu",
         "layer_norm_eps": block.norm1.eps,
     }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dino_value.backbones import Backbone, create_backbone, load_weights
 from dino_value.errors import UserError
+from dino_value.weights import Reading
 
 
 def pixels(backbone: Backbone) -> tuple[int, int]:
@@ -118,10 +119,13 @@ def to_torchhub(backbone: Backbone, folder: Path) -> nn.Module:
     _, tensors = official(backbone)
     torch.save({name: value.clone() for name, value in tensors.items()}, folder / "backbone.pth")
     again = _twin(backbone)
-    load_weights(again, folder / "backbone.pth", min_match=1.0)
+    height, width = backbone.model.patch_embed.grid_size
+    table = () if height == width else (height, width)  # the layout cannot say it
+    load_weights(again, folder / "backbone.pth", min_match=1.0, reading=Reading(table=table))
     return again
 
 
 def _twin(backbone: Backbone) -> Backbone:
     kwargs = {name: value for name, value in backbone.kwargs.items() if name != "img_size"}
-    return create_backbone(backbone.name, pixels(backbone)[0], kwargs)
+    height, width = pixels(backbone)
+    return create_backbone(backbone.name, height if height == width else (height, width), kwargs)

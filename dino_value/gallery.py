@@ -14,8 +14,10 @@ from torch import Tensor
 from dino_value.backbones import Backbone
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config
+from dino_value.data.conventions import as_configured
 from dino_value.data.labelled import LabelledDataset, some_items
 from dino_value.data.layouts import open_labelled
+from dino_value.data.pixels import as_rgb
 from dino_value.designers import fill_in, learned_views
 from dino_value.label_kinds import KINDS
 from dino_value.objectives.ibot import Masks
@@ -26,6 +28,7 @@ from dino_value.steps import Views, evaluating
 SHOWN = 6  # images
 
 
+@as_configured
 def held_out_images(config: Config, count: int = SHOWN, size: int | None = None) -> Tensor | None:
     """Images uint8 [n 3 size size] of the run's labelled validation split, by default as large as its views; None where
     it names none.
@@ -40,6 +43,11 @@ def held_out_images(config: Config, count: int = SHOWN, size: int | None = None)
     source = open_labelled(KINDS[kind].layout, root, "validation", check_pairs=not skip)
     items = LabelledDataset(source, size=(side, side))
     return torch.stack(some_items(lambda index: items[index, 0][0], len(items), count, skip))
+
+
+def as_pictures(images: Tensor) -> Tensor:
+    """Images uint8 [n C H W] as RGB to look at."""
+    return torch.stack([as_rgb(image) for image in images])
 
 
 def masked(run_folder: Path, images: Tensor, checkpoint: Path | None = None) -> tuple[Tensor, Tensor] | None:

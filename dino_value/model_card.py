@@ -59,7 +59,7 @@ def _elsewhere(backbone: Backbone, format: str) -> str:
     """A warning, where the library interpolates positions by another rule than ours did."""
     registers = backbone.model.reg_token is not None
     rule = TIMM if format == "timm" or registers else PLAIN if format == "hf" else DINO
-    if backbone.model.pos_embed is None or backbone.positions == rule:
+    if backbone.model.pos_embed is None or backbone.positions._replace(grid=None) == rule:
         return ""
     return " At other sizes it interpolates the position embedding by another rule than ours: a small difference."
 

@@ -23,6 +23,7 @@ from dino_value.backbones import Backbone, Hidden
 from dino_value.checkpoint import load_checkpoint
 from dino_value.config import ScopeConfig, load_config, packaged
 from dino_value.data import open_views
+from dino_value.data.conventions import as_configured
 from dino_value.data.sampling import Stream, generator
 from dino_value.errors import UserError
 from dino_value.feedback import FeedbackTask, batch_gradient
@@ -155,6 +156,7 @@ def probe_start(source: Path, overrides: Sequence[str], pairs: int) -> dict[str,
 class _Probe:
     """One θ, its g_down and held-out feedback, and any number of trial steps."""
 
+    @as_configured
     def __init__(self, run: Run, steer: Steer, seed: int, what: Probed) -> None:
         self.run, self.steer, self.what, config = run, steer, what, run.config
         run.student.eval()

@@ -18,7 +18,7 @@ from yaml import YAMLError
 from dino_value.backbones import WEIGHTS_NAME, load_backbone
 from dino_value.config import Config, load_config
 from dino_value.errors import UserError
-from dino_value.gallery import SHOWN, held_out_images, masked, moved, patch_map
+from dino_value.gallery import SHOWN, as_pictures, held_out_images, masked, moved, patch_map
 from dino_value.language.config import LanguageConfig, load_language_config
 from dino_value.pareto import DEFAULT, STEP0, Axis, draw, find_points, pareto, untouched
 from dino_value.report.drawing import Figure, Panel
@@ -186,7 +186,7 @@ def _galleries(
         for arm, run in group.items():
             maps = _tried(f"features of {arm}", missing, _features, run, images)
             features |= {} if maps is None else {arm: maps}
-    return [*figures, pca_figure(shown, features)] if shown is not None and features else figures
+    return [*figures, pca_figure(as_pictures(shown), features)] if shown is not None and features else figures
 
 
 def _mask_figures(runs: Mapping[str, Path], images: Tensor, missing: list[str]) -> list[Figure]:
@@ -214,7 +214,7 @@ def _mask_figures(runs: Mapping[str, Path], images: Tensor, missing: list[str]) 
         drawn = _tried(f"targets of {arm}", missing, lambda: moved(run, images))  # noqa: B023
         maps |= {} if drawn is None else {arm: drawn}
     if maps:
-        figures.append(targets_figure(images, maps))
+        figures.append(targets_figure(as_pictures(images), maps))
     return figures
 
 

@@ -98,7 +98,7 @@ def check_hiding(backbone: Backbone, size: int) -> None:
         shapes.append(tokens.shape)
         return tokens
 
-    images = torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)
+    images = torch.zeros(1, backbone.channels, size, size, device=next(backbone.parameters()).device)
     entered = backbone(images, stop=0, replace=seen).tokens.shape[1] - backbone.num_prefix_tokens
     patches = (size // backbone.patch_size) ** 2
     if entered != patches or shapes[0][1:-1].numel() != patches:

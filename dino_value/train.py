@@ -33,6 +33,7 @@ from dino_value.checkpoint import (
 )
 from dino_value.config import Config, packaged
 from dino_value.data import SkippingViews, open_views
+from dino_value.data.conventions import as_configured
 from dino_value.data.sampling import Stream, generator, key
 from dino_value.errors import Interrupted, UserError
 from dino_value.feedback import FeedbackTask, Labels
@@ -60,7 +61,7 @@ from dino_value.track import Clock, Meters, MetricsFile, Reporter, environment
 from dino_value.trackers import Trackers, check_trackers
 from dino_value.value import average
 from dino_value.weight_files import is_whole
-from dino_value.weights import fit_positions, load_head
+from dino_value.weights import Reading, fit_positions, load_head
 
 OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
 
@@ -93,6 +94,7 @@ def train(
         return _train(config, quiet or not distributed.is_first(), override, until, evaluate, stopping)
 
 
+@as_configured
 def _train(
     config: Config,
     quiet: bool,
@@ -210,6 +212,7 @@ def _train(
 class Run:
     """Everything that must survive a kill, and the two updates of Algorithm 1."""
 
+    @as_configured
     def __init__(self, config: Config) -> None:
         self.config, self.step, self.part = config, 0, distributed.own_part()
         self.device = choose_device(config.device)
@@ -225,6 +228,7 @@ class Run:
             config.backbone.min_match,
             config.backbone.keep_grid,
             "views.global_size",
+            Reading.of(config.backbone),
         )
         backbone.configure(config.backbone, self.device, use_bfloat16(config, self.device))
         if config.views.local_count:

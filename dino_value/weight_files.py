@@ -8,7 +8,8 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,16 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         UserError: as `read_tensors`.
     """
+    copy, header = read_copy(path)
+    return copy.tensors, header
+
+
+def read_copy(path: str | os.PathLike[str], prefix: str | None = None) -> tuple[Copy, dict[str, str] | None]:
+    """`read_weights`, with which of a file's copies of the network was taken; `prefix` as in `copy_in`.
+
+    Raises:
+        UserError: as `read_weights`, or nothing has that prefix.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such weights file")
@@ -102,10 +113,13 @@ def read_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         content = read_pickle(path)
         own = isinstance(content, dict) and "objective" in content and "positions" in content
         header = {"positions": json.dumps(content["positions"])} if own else None
-    tensors = network(content)
-    if not tensors:
+    try:
+        copy = copy_in(content, prefix)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not copy.tensors:
         raise UserError(f"{path}: holds no tensors")
-    return tensors, header
+    return copy, header
 
 
 CHECKSUM = "dino_value.crc32"
@@ -135,22 +149,103 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Copy:
+    """One network of a file, its names without what stands before the backbone's or the whole learner's.
+
+    `name` says where it lay, '' at the top; `others` are the copies that were not taken, `keys` the file's top-level
+    names.
+    """
+
+    tensors: dict[str, Tensor]
+    name: str = ""
+    others: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
 def network(content: Any) -> dict[str, Tensor]:
-    """The network in a checkpoint's content, without the wrappings of DDP, FSDP and torch.compile."""
-    outer = next((key for key in _OUTER if isinstance(content, dict) and isinstance(content.get(key), dict)), None)
-    if outer is not None:
-        return network(content[outer])
+    """The tensors of the network in a checkpoint's content; see `copy_in`."""
+    return copy_in(content).tensors
+
+
+def copy_in(content: Any, prefix: str | None = None) -> Copy:
+    """The network in a checkpoint's content, without the wrappings of DDP, FSDP, DeepSpeed and torch.compile.
+
+    A vision transformer is found by its own names, whatever stands before them. Of several the averaged one is taken
+    (teacher, EMA, momentum, target), then one that is not called a student, then the first.
+
+    Args:
+        prefix: what stands before the names to take instead, keys of the dictionaries around them included.
+
+    Raises:
+        UserError: nothing has that prefix.
+    """
+    places = list(_places(content))
+    keys = tuple(str(key) for key in content) if isinstance(content, dict) else ()
+    if prefix:
+        return Copy(_below(places, prefix), prefix, (), keys)
+    for anchor in (_PATCHES, _INSIDE, _PARTS):
+        found = [(path, start, tensors) for path, tensors in places for start in _starts(anchor, tensors)]
+        if not found:
+            continue
+        path, start, tensors = min(found, key=lambda one: _rank(_joined(*one[:2])))
+        inner = tuple(other for place, other, _ in found if place == path and len(other) > len(start))
+        names = [name for name in tensors if name.startswith(start) and not name.startswith(inner)]
+        taken = {name.removeprefix(start): tensors[name] for name in names}
+        others = [_joined(*one[:2]) for one in found if one[:2] != (path, start)]
+        return Copy(taken, _joined(path, start), tuple(others), keys)
+    if not places:
+        return Copy({}, keys=keys)
+    path, tensors = min(places, key=lambda place: (_rank(place[0]) > 0, -len(place[1])))
+    return Copy(tensors, path, keys=keys)
+
+
+def _places(content: Any, path: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each dictionary that holds tensors, with the keys that lead to it; optimizers' are passed over."""
     if not isinstance(content, dict):
-        return {}
+        return
     tensors = {WRAPPING.sub("", str(name)): value for name, value in content.items() if isinstance(value, Tensor)}
-    for part in ("teacher.", "student."):  # DINOv2 and DINOv3 train with both in one module
-        chosen = {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
-        if chosen:
-            return chosen
-    return tensors
+    if tensors:
+        yield WRAPPING.sub("", f"{path}.").rstrip("."), tensors
+    for key, value in content.items():
+        if isinstance(value, dict) and not _OPTIMIZER.match(str(key)):
+            yield from _places(value, f"{path}.{key}" if path else str(key))
 
 
-_OUTER = ("teacher", "student", "state_dict", "model")
+def _starts(anchor: re.Pattern[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """What stands before each network's names; `backbone.` is one of them, as heads may lie beside it."""
+    matches = [anchor.match(name) for name in tensors]
+    return list(dict.fromkeys(_BACKBONE.sub(r"\1", found[1]) for found in matches if found))
+
+
+def _rank(name: str) -> int:
+    return 0 if _AVERAGED.search(name) else 2 if _RAW.search(name) else 1
+
+
+def _joined(path: str, name: str) -> str:
+    return ".".join(part for part in (path, name.rstrip(".")) if part)
+
+
+def _below(places: list[tuple[str, dict[str, Tensor]]], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose full names begin with `prefix`, without it."""
+    start = WRAPPING.sub("", f"{prefix.rstrip('.')}.")
+    full = {_joined(path, name): value for path, tensors in places for name, value in tensors.items()}
+    found = {name.removeprefix(start): value for name, value in full.items() if name.startswith(start)}
+    if not found:
+        known = dict.fromkeys(".".join(name.split(".")[:2]) for name in full)
+        some = ", ".join(list(known)[:8]) + (", …" if len(known) > 8 else "")
+        raise UserError(f"backbone.prefix={prefix}: no tensor's name begins so; names begin with {some or 'nothing'}")
+    return found
+
+
+# Names that no vision transformer lacks; where a file has none, what most have; then the parts of a learner.
+_PATCHES = re.compile(r"^((?:.*\.)?)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?)\.weight$")
+_INSIDE = re.compile(r"^((?:.*?\.)?)(?:cls_token|pos_embed|blocks\.\d+\..*|embeddings\.cls_token)$")
+_PARTS = re.compile(r"^((?:teacher|student)\.)")
+_BACKBONE = re.compile(r"(^|\.)backbone\.(\w+\.)?$")
+_AVERAGED = re.compile(r"(?:^|[._])(teacher|ema|target|momentum|averaged|swa)(?:[._]|$)", re.IGNORECASE)
+_RAW = re.compile(r"(?:^|[._])(student|gram)(?:[._]|$)", re.IGNORECASE)
+_OPTIMIZER = re.compile(r"opt(im.*)?$")
 WRAPPING = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 

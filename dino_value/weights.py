@@ -13,8 +13,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,16 +30,24 @@ class Positions(NamedTuple):
     """How a table of position embeddings is brought to another grid: bicubic, as timm unless told otherwise.
 
     `offset` is added to the wanted grid before the scale is taken (DINO and DINOv2: 0.1, against rounding), which moves
-    the sampling points a little; `antialias` as in `torch.nn.functional.interpolate`.
+    the sampling points a little; `antialias` as in `torch.nn.functional.interpolate`. `grid` (h, w) is that of a table
+    which is not square.
     """
 
     offset: float = 0.0
     antialias: bool = True
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, saved: Sequence[Any]) -> Positions:
+        """From what a header or a checkpoint keeps of it: a list."""
+        offset, antialias, *grid = saved
+        return cls(offset, antialias, tuple(grid[0]) if grid and grid[0] else None)
 
     def resample(self, table: Tensor, grid: tuple[int, int], prefix: int, old: tuple[int, int] | None = None) -> Tensor:
         """A table [1 P+N D] of N = h·w positions after P prefix tokens to [1 P+N' D] on `grid`; `old` is (h, w)."""
         side = math.isqrt(table.shape[1] - prefix)
-        old = old or (side, side)
+        old = old or self.grid or (side, side)
         if old == grid:
             return table
         image = table[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)
@@ -53,6 +61,52 @@ class Positions(NamedTuple):
 TIMM = Positions()
 DINO = Positions(offset=0.1, antialias=False)
 PLAIN = Positions(antialias=False)  # transformers
+RULES = {"timm": TIMM, "dino": DINO, "plain": PLAIN}
+"""What `backbone.positions` chooses from."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a weights file cannot say of itself: the keys of the section `backbone` that are about reading it.
+
+    Raises:
+        UserError: a name or size that none can have.
+    """
+
+    prefix: str | None = None
+    table: Sequence[int] = ()
+    positions: str = "auto"
+    random: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, settings: Any) -> Reading:
+        """From the configuration's section `backbone`."""
+        return cls(settings.prefix, tuple(settings.table), settings.positions, tuple(settings.random))
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("auto", *RULES):
+            raise UserError(f"backbone.positions={self.positions}: choose auto, {', '.join(RULES)}")
+        if self.table and not (len(self.table) == 2 and min(self.table) > 0):
+            raise UserError(f"backbone.table={list(self.table)}: give rows and columns of patches, for example [14,28]")
+        for name in self.random:
+            if name not in PARTS:
+                raise UserError(f"backbone.random={name}: choose among {', '.join(PARTS)}")
+
+
+PARTS = {
+    "patch_embed": r"patch_embed\.",
+    "pos_embed": r"pos_embed$",
+    "cls_token": r"cls_token$",
+    "reg_token": r"reg_token$",
+    "norm_pre": r"norm_pre\.",
+    "norm": r"(fc_)?norm\.",
+}
+"""What every patch passes through: few tensors, whose loss no share of the whole would show."""
+
+
+def part_of(name: str) -> str | None:
+    """Which of `PARTS` a tensor of a timm model belongs to."""
+    return next((part for part, pattern in PARTS.items() if re.match(pattern, name)), None)
 
 
 @dataclass(frozen=True)
@@ -63,6 +117,15 @@ class Weights:
     format: str
     positions: Positions
     ignored: list[str]  # left out by intent: heads, mask tokens, constants
+
+    def told(self, reading: Reading) -> Weights:
+        """The same with what the user says of its positions."""
+        positions = self.positions
+        if reading.positions != "auto":
+            positions = RULES[reading.positions]._replace(grid=positions.grid)
+        if reading.table:
+            positions = positions._replace(grid=(reading.table[0], reading.table[1]))
+        return replace(self, positions=positions)
 
     @property
     def width(self) -> int | None:
@@ -131,7 +194,7 @@ def recognise(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = 
     else:
         kind, positions = "timm", TIMM
     if header and "positions" in header:  # our own
-        positions = Positions(*json.loads(header["positions"]))
+        positions = Positions.of(json.loads(header["positions"]))
     return Weights(body, kind + library, positions, ignored)
 
 
@@ -203,10 +266,8 @@ def to_timm(weights: Weights, model: Any) -> tuple[dict[str, Tensor], list[str]]
     patch, wanted = tensors.get("patch_embed.proj.weight"), model.patch_embed.proj.weight
     if patch is not None and patch.ndim == 4 and patch.shape[2:] != wanted.shape[2:]:
         notes.append(f"patch embedding resampled from {patch.shape[-1]} to {wanted.shape[-1]} pixels")
-    grid, side = tuple(model.patch_embed.grid_size), table_side(weights, model)
-    if side is not None and model.pos_embed is not None and (side, side) != grid:
-        notes.append(f"position embedding resampled from {side}×{side} to {grid[0]}×{grid[1]}")
-        tensors["pos_embed"] = weights.positions.resample(tensors["pos_embed"], grid, _prefix(weights, model))
+    notes += _fit_table(tensors, weights, model)
+    _fit_norm(tensors, model)
     module = importlib.import_module(type(model).__module__)
     # The filter may assume a layout that this file does not have; then the plain names are compared.
     with contextlib.suppress(KeyError, RuntimeError, AssertionError, ValueError, AttributeError):
@@ -214,21 +275,75 @@ def to_timm(weights: Weights, model: Any) -> tuple[dict[str, Tensor], list[str]]
     return tensors, notes
 
 
-def table_side(weights: Weights, model: Any) -> int | None:
-    """Positions along one side of the file's square table, if it has one."""
+def _fit_table(tensors: dict[str, Tensor], weights: Weights, model: Any) -> list[str]:
+    """Bring the table of positions to the model's grid and prefix tokens; what was done, in words."""
+    grid, old, notes = tuple(model.patch_embed.grid_size), table_grid(weights, model), list[str]()
+    if old is None or model.pos_embed is None:
+        return notes
+    prefix = _prefix(weights, model)
+    if old != grid:
+        notes.append(f"position embedding resampled from {old[0]}×{old[1]} to {grid[0]}×{grid[1]}")
+        tensors["pos_embed"] = weights.positions.resample(tensors["pos_embed"], grid, prefix, old)
+    if "cls_token" not in tensors and prefix == 0 and _has_class(model) and not _apart(model):
+        # The class token is asked for as a random one, which may begin at position nought.
+        rows = tensors["pos_embed"].new_zeros(1, int(model.num_prefix_tokens), tensors["pos_embed"].shape[-1])
+        tensors["pos_embed"] = torch.cat([rows, tensors["pos_embed"]], dim=1)
+    elif prefix and "cls_token" in tensors and not _has_class(model):
+        tensors["pos_embed"] = tensors["pos_embed"][:, prefix:]
+        del tensors["cls_token"]
+        notes.append("class token left out, which the model has none of")
+    return notes
+
+
+def _fit_norm(tensors: dict[str, Tensor], model: Any) -> None:
+    """The last norm under the name that timm gives it: models that pool have it after the pooling."""
+    old, new = ("norm.", "fc_norm.") if isinstance(model.norm, nn.Identity) else ("fc_norm.", "norm.")
+    if not any(name.startswith(new) for name in tensors):
+        for name in [name for name in tensors if name.startswith(old)]:
+            tensors[name.replace(old, new, 1)] = tensors.pop(name)
+
+
+def table_grid(weights: Weights, model: Any) -> tuple[int, int] | None:
+    """Rows and columns of the file's table of positions, as told or square; None where there is none, or no telling."""
     table = weights.tensors.get("pos_embed")
     if table is None or table.ndim != 3:
         return None
     count = table.shape[1] - _prefix(weights, model)
-    side = math.isqrt(max(count, 0))
-    return side if side and side * side == count else None
+    told, side = weights.positions.grid, math.isqrt(max(count, 0))
+    if told is not None and told[0] * told[1] == count:
+        return told
+    return (side, side) if told is None and side and side * side == count else None
+
+
+def table_fault(weights: Weights, model: Any) -> str | None:
+    """Why the file's table of positions cannot be read, and what to say of it; None if it can, or there is none."""
+    table = weights.tensors.get("pos_embed")
+    if table is None or table.ndim != 3 or model.pos_embed is None or table_grid(weights, model) is not None:
+        return None
+    count, told = table.shape[1] - _prefix(weights, model), weights.positions.grid
+    if told is not None:
+        return f"its table has {count} positions, which are not {told[0]}×{told[1]}: mend backbone.table"
+    return (
+        f"its table has {count} positions, which is no square: give its rows and columns of patches, "
+        f"backbone.table=[HEIGHT,WIDTH] (height and width of the training images by the patch size)"
+    )
+
+
+def _apart(model: Any) -> bool:
+    """Does the model's table leave out class token and registers?"""
+    return bool(getattr(model, "no_embed_class", False))
+
+
+def _has_class(model: Any) -> bool:
+    return getattr(model, "cls_token", None) is not None
 
 
 def _prefix(weights: Weights, model: Any) -> int:
     """Rows of the table before the patches': the class token's in all layouts but timm's, which has variants."""
+    classes = int("cls_token" in weights.tensors)
     if not weights.format.startswith("timm"):
-        return 1
-    return 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
+        return classes
+    return 0 if _apart(model) else classes + weights.registers
 
 
 def fit_positions(modules: Iterable[nn.Module], state: Mapping[str, Any], keep_grid: bool) -> str | None:
@@ -240,26 +355,36 @@ def fit_positions(modules: Iterable[nn.Module], state: Mapping[str, Any], keep_g
     Returns:
         What was resampled, in words; None where nothing was.
     """
-    rule, said = Positions(*state.get("positions", TIMM)), None
+    rule, said = Positions.of(state.get("positions", TIMM)), None
     backbones: list[Any] = [part for module in modules for part in module.modules() if hasattr(part, "positions")]
     for backbone in backbones:
         backbone.positions = rule
     model = backbones[0].model
     for tensors in (state.get(part, {}) for part in ("student", "teacher", "objective")):
         for name in [name for name in tensors if name.endswith("model.pos_embed")]:
-            prefix = 0 if getattr(model, "no_embed_class", False) else int(model.num_prefix_tokens)
-            side, grid = math.isqrt(max(tensors[name].shape[1] - prefix, 0)), tuple(model.patch_embed.grid_size)
-            if side == 0 or side**2 + prefix != tensors[name].shape[1] or grid == (side, side):
+            prefix, grid = 0 if _apart(model) else int(model.num_prefix_tokens), tuple(model.patch_embed.grid_size)
+            side = math.isqrt(max(tensors[name].shape[1] - prefix, 0))
+            old = rule.grid or (side, side)
+            if old[0] == 0 or old[0] * old[1] + prefix != tensors[name].shape[1] or grid == old:
                 continue
             if not keep_grid:
-                tensors[name] = rule.resample(tensors[name], grid, prefix)
-                said = f"position embedding resampled from {side}×{side} to {grid[0]}×{grid[1]}"
+                tensors[name] = rule.resample(tensors[name], grid, prefix, old)
+                said = f"position embedding resampled from {old[0]}×{old[1]} to {grid[0]}×{grid[1]}"
                 continue
             for backbone in backbones:
-                backbone.kwargs["img_size"] = side * backbone.patch_size
-                backbone.model.patch_embed.set_input_size(img_size=(side * backbone.patch_size,) * 2)
+                backbone.kwargs["img_size"] = pixels(old, backbone.patch_size)
+                height, width = (rows * backbone.patch_size for rows in old)
+                backbone.model.patch_embed.set_input_size(img_size=(height, width))
                 backbone.model.pos_embed.data = torch.empty_like(tensors[name], device=backbone.model.pos_embed.device)
+    if not keep_grid:
+        for backbone in backbones:
+            backbone.positions = rule._replace(grid=None)
     return said
+
+
+def pixels(grid: tuple[int, int], patch: int) -> int | list[int]:
+    """timm's `img_size` of a grid: one side, or height and width."""
+    return grid[0] * patch if grid[0] == grid[1] else [grid[0] * patch, grid[1] * patch]
 
 
 def misfits(weights: Weights, model: Any, name: str) -> list[str]:

@@ -15,7 +15,9 @@ import torch
 
 from dino_value.arguments import Parser
 from dino_value.backbones import Backbone, load_backbone
+from dino_value.config import load_section
 from dino_value.data.check import other_place
+from dino_value.data.conventions import Conventions, conventions, using
 from dino_value.data.labelled import LabelledSource, Split, Subset
 from dino_value.data.layouts import Layout, open_labelled
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
@@ -23,6 +25,7 @@ from dino_value.eval import EVALUATIONS, intervals, output
 from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed, use_bfloat16
 from dino_value.linear import choose_matmul, use_onednn
 from dino_value.track import environment
+from dino_value.weights import Reading
 
 Pair = tuple[LabelledSource, LabelledSource]
 SHOWN = 5
@@ -120,6 +123,20 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     parser.add_argument("--model", help="timm name, for a weights file that does not name its architecture")
     parser.add_argument(
         "--min-match", default=0.9, type=parse_share, help="refuse weights that fill less of the model, a share"
+    )
+    parser.add_argument(
+        "--backbone",
+        action="append",
+        metavar="KEY=VALUE",
+        help="how a weights file is read or its model built, as backbone.KEY of training; may be repeated: "
+        "prefix, table, positions, random, kwargs.in_chans, …",
+    )
+    parser.add_argument(
+        "--files",
+        action="append",
+        metavar="KEY=VALUE",
+        help="what the data's files cannot say, as data.KEY of training; may be repeated: range, max_pixels, "
+        "depth_units, max_depth",
     )
     parser.add_argument(
         "--size",
@@ -257,16 +274,27 @@ def run_each(found: Evaluation[Any], arguments: argparse.Namespace) -> dict[str,
     if device.type == "cpu":
         torch.set_flush_denormal(True)
     scored: dict[str, Scored] = {}
-    data = None
+    data, first = None, conventions()
     for (name, out), weights in zip(folders(arguments).items(), arguments.weights, strict=True):
         options, backbone = prepare(found, arguments, weights)
+        told = conventions_of(arguments, backbone.channels)
         if data is None:
-            data = found.open(arguments)
+            first = told
+            with using(told):
+                data = found.open(arguments)
+        if told != first:
+            raise UserError(f"{weights}: takes {told.channels} channels, the one before it {first.channels}")
         output.prepare_folder(out)
         if isinstance(options, HeadOptions):
             options = replace(options, state=out, resume=arguments.resume, origin=identity(weights))
         scored[name] = run_one(found, arguments, options, backbone, data, weights, out)
     return scored
+
+
+def conventions_of(arguments: argparse.Namespace, channels: int) -> Conventions:
+    """How a command line has the data's files read, for a backbone of `channels`."""
+    told = Conventions.of(load_section("data", arguments.files or ()), channels)
+    return replace(told, max_depth=arguments.max_depth) if hasattr(arguments, "max_depth") else told
 
 
 def prepare(found: Evaluation[Any], arguments: argparse.Namespace, weights: str) -> tuple[Options, Backbone]:
@@ -278,7 +306,8 @@ def prepare(found: Evaluation[Any], arguments: argparse.Namespace, weights: str)
         if key in known
     }
     size = arguments.size or found.defaults.size
-    backbone = load_backbone(weights, model=arguments.model, img_size=max(size), min_match=arguments.min_match)
+    told = load_section("backbone", arguments.backbone or ())
+    backbone = load_backbone(weights, arguments.model, max(size), told.kwargs, arguments.min_match, Reading.of(told))
     if choose_matmul(arguments.matmul, pick_device(arguments.device)) == "onednn":
         use_onednn(backbone)
     if arguments.size is None:

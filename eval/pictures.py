@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_value.data.labelled import IGNORE
+from dino_value.data.pixels import as_rgb
 from dino_value.errors import UserError
 
 Picture = NDArray[np.uint8]
@@ -20,8 +21,8 @@ GAP = 4
 
 
 def photograph(image: Tensor, size: tuple[int, int] | None = None) -> Picture:
-    """Image uint8 [3 H W], at `size` (height, width)."""
-    pixels = np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy())
+    """Image uint8 [C H W], at `size` (height, width), see `as_rgb`."""
+    pixels = np.ascontiguousarray(as_rgb(image).cpu().permute(1, 2, 0).numpy())
     if size is None or pixels.shape[:2] == tuple(size):
         return pixels
     return np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))

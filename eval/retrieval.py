@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_value.backbones import Backbone, Features
+from dino_value.data.conventions import conventions
 from dino_value.data.folders import read_image
 from dino_value.data.labelled import LabelledSource, resize_image
 from dino_value.errors import UserError
@@ -90,13 +91,13 @@ class Files:
     """Images from files, each cut to its box (left, top, right, bottom) if it has one."""
 
     def __init__(self, paths: Sequence[Path], boxes: Sequence[Sequence[float]] | None = None) -> None:
-        self.paths, self.boxes = paths, boxes
+        self.paths, self.boxes, self.told = paths, boxes, conventions()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = read_image(self.paths[index]), torch.tensor(0)
+        image, label = read_image(self.paths[index], self.told), torch.tensor(0)
         if self.boxes is None:
             return image, label
         left, top, right, bottom = (round(float(edge)) for edge in self.boxes[index])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dino_value.backbones import create_backbone
 from dino_value.config import CHOICES, MASKS, Config, load_config, save_config
 from dino_value.designers import DESIGNERS
 from dino_value.errors import UserError
@@ -265,3 +266,43 @@ def test_every_default_is_a_value_that_yaml_holds() -> None:
     config = Config(out="a")
     config.data.unlabeled = "b"
     assert OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))).out == "a"
+
+
+@pytest.mark.parametrize("nothing", ["{}", "null"])
+def test_an_empty_mapping_takes_the_place_of_what_was_there(nothing: str, file: Path) -> None:
+    given = ["out=a", "data.unlabeled=b", "method=baseline"]
+    assert load_config("rooms/cpu", given).backbone.kwargs["patch_size"] == 12
+    assert load_config("rooms/cpu", [*given, f"backbone.kwargs={nothing}"]).backbone.kwargs == {}
+    later = load_config("rooms/cpu", [*given, f"backbone.kwargs={nothing}", "backbone.kwargs.depth=2"])
+    assert later.backbone.kwargs == {"depth": 2}
+    small = ["backbone.name=vit_small_patch16_224", f"backbone={{kwargs: {nothing}}}"]
+    b = load_config("rooms/cpu", [*given, *small]).backbone
+    assert create_backbone(b.name, 96, b.kwargs).embed_dim == 384
+    file.write_text(f"out: a\nmethod: baseline\ndata: {{unlabeled: b}}\nbackbone: {{kwargs: {nothing}}}\n")
+    assert load_config(file).backbone.kwargs == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("steps=1.5", "steps=1.5: expected a whole number"),
+        ("steps=null", "steps=null: expected a whole number"),
+        ("optim.lr=fast", "optim.lr=fast: expected a number"),
+        ("data.in_memory=perhaps", "data.in_memory=perhaps: expected true or false"),
+        ("out=[1]", "out=[1]: expected text"),
+        ("data.ade20k={a: 1}", "expected text, or null"),
+        ("views.blur=[a,b,c]", "views.blur=['a', 'b', 'c']: expected 3 numbers"),
+        ("views.blur=7", "expected 3 numbers"),
+        ("track.to={a: 1}", "track.to={'a': 1}: expected a list"),
+        ("backbone.kwargs=[1]", "backbone.kwargs=[1]: expected keys and values"),
+        ("optim.lr=${x.y}", "optim.lr=${x.y}: refers to what is not there"),
+        ("optim.lr=${", "mend its brackets"),
+    ],
+)
+def test_no_sentence_of_omegaconf(file: Path, override: str, said: str) -> None:
+    message = refusal(file, override)
+    assert said in message
+    with pytest.raises(UserError, match=r"rooms/cpu: data\.unlabeled is not set: give data\.unlabeled=VALUE"):
+        load_config("rooms/cpu", ["out=a"])
+    for theirs in ("full_key", "object_type", "Config'", "mandatory", "Interpolation", "could not be converted"):
+        assert theirs not in message

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dino_value.data.folders import list_images, read_image
+from dino_value.data.conventions import conventions
+from dino_value.data.folders import PICTURES, list_images, not_read, read_image
+from dino_value.data.pixels import SHALLOW, look_at, remarks, shallow
 from dino_value.data.tars import TarMember, is_shards, list_members
 from dino_value.data.views import FolderViews, MemoryViews, ViewSettings
 from dino_value.errors import UserError
 from dino_value.parts import WHOLE, Part
 
+LOOKED_AT = 16
+"""Images whose headers are looked at when a stream is opened."""
 __all__ = ["SkippingViews", "open_views", "unlabeled_files"]
 
 
@@ -52,9 +59,12 @@ def open_views(
     if path in ("scenes", "scenes/clean"):
         from dino_value.data.scenes import scenes
 
+        if conventions().channels != 3:
+            raise UserError(f"{path}: the embedded images have 3 channels, the backbone takes {conventions().channels}")
         split = scenes("unlabeled" if path == "scenes" else "clean", settings.global_size)
         return MemoryViews(split.images, settings)
     paths = unlabeled_files(path, field)
+    _say_what_is_odd(path, paths)
     if not in_memory:
         views = FolderViews(paths, settings)  # type: ignore[arg-type]
         return SkippingViews(views) if skip_unreadable else views
@@ -78,6 +88,39 @@ def open_views(
         raise UserError(f"{path}: none of its {len(paths)} images can be read")
     held = MemoryViews(torch.stack(images), settings, names)
     return SkippingViews(held, len(paths) - len(images)) if skip_unreadable else held
+
+
+def _some(paths: Sequence[Path] | Sequence[TarMember]) -> list[Path | TarMember]:
+    """At most `LOOKED_AT` of the files, evenly spaced."""
+    count = len(paths)
+    return [paths[place * count // LOOKED_AT] for place in range(LOOKED_AT)] if count > LOOKED_AT else list(paths)
+
+
+def depth_maps(paths: Sequence[Path] | Sequence[TarMember]) -> list[Path | TarMember]:
+    """Those of some of the files that are depth maps: of 16 bits, with `depth` in the name."""
+    named = [path for path in _some(paths) if "depth" in path.name.lower()]
+    return [path for path in named if (look := look_at(path)) is not None and look.deep]
+
+
+def _say_what_is_odd(root: str, paths: Sequence[Path] | Sequence[TarMember]) -> None:
+    """Warn of what becomes of some of the images, evenly spaced, and of pictures that are not read."""
+    some = _some(paths)
+    maps = depth_maps(paths)
+    if maps:
+        raise UserError(
+            f"{root}: {len(maps)} of {len(some)} files looked at are depth maps (16 bits, `depth` in the name, "
+            f"{os.path.basename(maps[0])}), not photographs: move them elsewhere; to use them as labels give "
+            "data.nyuv2 a folder with lists of pairs"
+        )
+    looks, dark = [look_at(path) for path in some], 0
+    for path, look in zip(some, looks, strict=True):
+        if look is not None and look.deep and conventions().range is None:
+            with suppress(UserError):
+                dark += shallow(look, read_image(path))
+    found = remarks(looks, conventions()) + ([f"{dark} of {len(some)} images {SHALLOW}"] if dark else [])
+    left = not_read(root, PICTURES) if Path(root).is_dir() else ""
+    for text in [*found, *([f"not read: {left}"] if left else [])]:
+        warnings.warn(f"{root}: {text}", stacklevel=3)
 
 
 class SkippingViews:
@@ -135,7 +178,7 @@ class SkippingViews:
         if isinstance(self.views, MemoryViews):
             return True
         try:
-            read_image(self.views.paths[place])
+            read_image(self.views.paths[place], self.views.told)
         except UserError:
             self._bad[place] = True
             return False

@@ -7,16 +7,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dino_value.data.conventions import conventions
 from dino_value.data.folders import list_images, read_image, read_labels
 from dino_value.data.labelled import IGNORE, Kind, Split, file_groups
+from dino_value.data.labels import header_remark
+from dino_value.data.pixels import turned
 from dino_value.errors import UserError
 
 INFO_NAME = "objectInfo150.txt"
+_IGNORED = "; what is ignored here is 0, not 255: replace it"
 
 
 class ADE20K:
@@ -59,6 +64,7 @@ class ADE20K:
             if spare:
                 raise UserError(f"{min(spare)}: no image in {images} belongs to this annotation")
         self._groups = file_groups(self._images, group_pattern, neighbours)
+        self._told = conventions()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -69,20 +75,29 @@ class ADE20K:
         Raises:
             UserError: an unreadable file, different sizes, or an id above the number of classes.
         """
-        image, ids = read_image(self._images[index]), read_labels(self._annotations[index])
-        if image.shape[-2:] != ids.shape:
+        image, labels = read_image(self._images[index], self._told), self.target(index)
+        if image.shape[-2:] != labels.shape:
             raise UserError(
-                f"{self._annotations[index]}: {ids.shape[1]}×{ids.shape[0]} pixels, but its image has "
-                f"{image.shape[-1]}×{image.shape[-2]}"
+                f"{self._annotations[index]}: {labels.shape[1]}×{labels.shape[0]} pixels, but its image has "
+                f"{image.shape[-1]}×{image.shape[-2]}{turned(self._images[index], image, labels)}"
             )
+        return image, labels
+
+    def target(self, index: int) -> Tensor:
+        """The labels alone.
+
+        Raises:
+            UserError: as `load`.
+        """
+        ids = read_labels(self._annotations[index])
         highest = int(ids.max())
         if highest > self.num_classes or int(ids.min()) < 0:
             wrong = highest if highest > self.num_classes else int(ids.min())
             raise UserError(
                 f"{self._annotations[index]}: label id {wrong} is outside 0…{self.num_classes}, "
-                f"the classes of {INFO_NAME}"
+                f"the classes of {INFO_NAME}{_IGNORED if wrong == IGNORE else ''}"
             )
-        return image, torch.where(ids == 0, IGNORE, ids - 1)
+        return torch.where(ids == 0, IGNORE, ids - 1)
 
     def name(self, index: int) -> str:
         return str(self._images[index])
@@ -98,9 +113,12 @@ def read_class_names(path: Path) -> list[str]:
         UserError: no such file, no class in it, or more than labels can tell from 255 (ignore).
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines()[1:] if line.strip()]
+        header, *rest = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] or [""]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the class list ({error})") from None
-    if not 0 < len(lines) <= IGNORE:
-        raise UserError(f"{path}: lists {len(lines)} classes after its header; 1 to {IGNORE} are supported")
-    return [line.split("\t")[-1].strip() for line in lines]
+    if not 0 < len(rest) <= IGNORE:
+        raise UserError(f"{path}: lists {len(rest)} classes after its header; 1 to {IGNORE} are supported")
+    odd = header_remark(header)
+    if odd:
+        warnings.warn(f"{path}: {odd}", stacklevel=3)
+    return [line.split("\t")[-1].strip() for line in rest]

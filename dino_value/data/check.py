@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -18,11 +19,14 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from dino_value.data import unlabeled_files
-from dino_value.data.folders import read_image
-from dino_value.data.labelled import IGNORE, LabelledSource, Split
+from dino_value.data import depth_maps, unlabeled_files
+from dino_value.data.conventions import conventions
+from dino_value.data.folders import list_images, not_read, read_image
+from dino_value.data.labelled import LabelledSource, Split
+from dino_value.data.labels import count_ids, remark
 from dino_value.data.layouts import Layout, open_labelled
-from dino_value.data.nyuv2 import MAT_NAME
+from dino_value.data.nyuv2 import MAT_NAME, NYUFolder
+from dino_value.data.pixels import SHALLOW, Look, as_rgb, look_at, remarks, shallow
 from dino_value.data.revisited import NAMES, open_revisited
 from dino_value.data.splits import content_hash
 from dino_value.data.tars import TarMember, is_shards
@@ -90,6 +94,8 @@ class Seen(NamedTuple):
     content: str
     look: Tensor | None
     target: dict[str, Any]
+    header: Look | None = None
+    shallow: bool = False
 
 
 def check_data(
@@ -123,6 +129,9 @@ def check_data(
             if near is not None:
                 raise
             notes.append(f"near-duplicates were not looked for: {error}")
+    for path in (root, unlabeled) if chosen == "images" else (unlabeled,):
+        left = not_read(path) if path is not None and Path(path).is_dir() else ""
+        notes += [f"{path}: not read: {left}"] if left else []
     if chosen == "images" and unlabeled is None:
         notes += inner_sets(root)
     parts, seen = [], {}
@@ -155,7 +164,12 @@ def recognise(root: str) -> CheckLayout:
         return "nyuv2"
     if any(next(path.glob(pattern), None) for pattern in ("gnd_*.pkl", "*/gnd_*.pkl")):
         return "revisited"
-    return "imagefolder" if (path / "train").is_dir() and (path / "val").is_dir() else "images"
+    if (path / "train").is_dir() and (path / "val").is_dir():
+        return "imagefolder"
+    with suppress(UserError):
+        if depth_maps(list_images(path)):
+            return "nyuv2"
+    return "images"
 
 
 def inner_sets(root: str) -> list[str]:
@@ -185,13 +199,13 @@ class _Files:
     """Images without labels, as a source."""
 
     def __init__(self, paths: Sequence[Path] | Sequence[TarMember]) -> None:
-        self.paths = paths
+        self.paths, self.told = paths, conventions()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def load(self, index: int) -> tuple[Tensor, None]:
-        return read_image(self.paths[index]), None
+        return read_image(self.paths[index], self.told), None
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -215,7 +229,7 @@ def openers(
                 found[name] = lambda name=name: _Files(open_revisited(root, name).database)  # type: ignore[misc]
     else:
         for split in get_args(Split):
-            found[split] = lambda split=split: open_labelled(cast(Layout, layout), root, split)  # type: ignore[misc]
+            found[split] = lambda split=split: open_labelled(cast(Layout, layout), root, split, warn=False)  # type: ignore[misc]
     return found
 
 
@@ -241,6 +255,15 @@ def _inspect(
     part.notes = sorted({str(warning.message) for warning in said if warning.category is UserWarning})
     part.unreadable = [line for line in found if isinstance(line, str)]
     seen = [item for item in found if isinstance(item, Seen)]
+    part.notes += _remarks(seen, labelled=not isinstance(source, _Files))
+    if isinstance(source, NYUFolder):
+        part.notes.append(f"depth maps in integers are read as {source.scale:g} units a metre (data.depth_units)")
+    if not isinstance(source, _Files) and source.kind == "seg":
+        ids = Counter[int]()
+        for item in seen:
+            ids.update(item.target["ids"])
+        odd = remark(ids, source.class_names, whole=name == "training")
+        part.notes += [odd] if odd else []
     part.images = len(source)
     part.copies = len(seen) - len({item.content for item in seen})
     if not isinstance(source, _Files):
@@ -267,6 +290,7 @@ def _read_all(name: str, source: Opened, look: Callable[[Tensor], Tensor] | None
         except (UserError, OSError) as error:
             return " ".join(str(error).split())
         height, width = image.shape[-2:]
+        header = look_at(source.paths[index] if isinstance(source, _Files) else source.name(index))
         kind = None if isinstance(source, _Files) else source.kind
         return Seen(
             source.name(index),
@@ -275,6 +299,8 @@ def _read_all(name: str, source: Opened, look: Callable[[Tensor], Tensor] | None
             content,
             None if look is None else look(image),
             {} if target is None else _describe(kind, target),
+            header,
+            shallow(header, image),
         )
 
     console = Console(stderr=True)
@@ -283,12 +309,19 @@ def _read_all(name: str, source: Opened, look: Callable[[Tensor], Tensor] | None
         return list(track(rows, name, len(source), console=console, transient=True, disable=not console.is_terminal))
 
 
+def _remarks(seen: Sequence[Seen], labelled: bool) -> list[str]:
+    """What readers do with the pictures that their owner may not expect."""
+    dark = sum(item.shallow for item in seen)
+    found = remarks([item.header for item in seen], conventions(), labelled)
+    return [*found, *([f"{dark} of {len(seen)} images {SHALLOW}"] if dark else [])]
+
+
 def _describe(kind: str | None, target: Tensor) -> dict[str, Any]:
     if kind == "classes":
         return {"counts": {int(target): 1}}
     if kind == "seg":
-        ids, counts = target[target != IGNORE].unique(return_counts=True)
-        return {"counts": dict(zip(ids.tolist(), counts.tolist(), strict=True))}
+        ids = count_ids(target)
+        return {"ids": ids, "counts": {index - 1: count for index, count in ids.items() if index}}
     known = target[target > 0]
     unknown = 1 - len(known) / max(1, target.numel())
     if not len(known):
@@ -352,7 +385,7 @@ def perceptual_hash() -> Callable[[Tensor], Tensor]:
         raise UserError("near-duplicates need the package imagehash: pip install 'dino-value[data]'") from None
 
     def look(image: Tensor) -> Tensor:
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture = Image.fromarray(as_rgb(image).permute(1, 2, 0).numpy())
         return torch.from_numpy(imagehash.phash(picture).hash.reshape(-1)).float() * 2 - 1
 
     return look

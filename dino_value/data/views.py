@@ -29,6 +29,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms.v2 import functional as TF
 
+from dino_value.data.conventions import Conventions, conventions
 from dino_value.data.folders import read_image
 from dino_value.data.sampling import generator as keyed_generator
 from dino_value.data.sampling import key as derive
@@ -120,14 +121,14 @@ class MemoryViews:
             boxes = part.rows(sample_boxes(count * len(positions), height, width, scale, generator), count)
             return crop(images.repeat(count, 1, 1, 1), boxes, size).unflatten(0, (count, len(images)))
 
-        return _augmented(*_two_groups(views, self.settings, len(images)), self.settings, key, part)
+        return _augmented(*_two_groups(views, self.settings), self.settings, key, part)
 
 
 class FolderViews:
     """Crops from image files, decoded as they are needed."""
 
-    def __init__(self, paths: Sequence[Path], settings: ViewSettings) -> None:
-        self.paths, self.settings = list(paths), settings
+    def __init__(self, paths: Sequence[Path], settings: ViewSettings, told: Conventions | None = None) -> None:
+        self.paths, self.settings, self.told = list(paths), settings, told or conventions()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -135,7 +136,8 @@ class FolderViews:
     def without(self, names: Collection[str]) -> FolderViews:
         """The same source less the files `names`."""
         held = {os.path.realpath(name) for name in names}
-        return FolderViews([path for path in self.paths if os.path.realpath(path) not in held], self.settings)
+        kept = [path for path in self.paths if os.path.realpath(path) not in held]
+        return FolderViews(kept, self.settings, self.told)
 
     def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
         """As `MemoryViews.batch`; the crops of a file follow from (key, its place in the batch)."""
@@ -145,7 +147,7 @@ class FolderViews:
         return _augmented(torch.stack(large, 1), torch.stack(small, 1), self.settings, key, part)
 
     def _one(self, path: Path, key: int) -> tuple[Tensor, Tensor]:
-        image = read_image(path)
+        image = read_image(path, self.told)
         generator = torch.Generator().manual_seed(key)
         height, width = image.shape[-2:]
 
@@ -155,14 +157,14 @@ class FolderViews:
             resized = [F.interpolate(cut, (size, size), mode="bicubic", antialias=True) for cut in cuts]
             return torch.cat(resized).round_().clamp_(0, 255).to(torch.uint8)
 
-        return _two_groups(views, self.settings, None)
+        return _two_groups(views, self.settings)
 
 
-def _two_groups(views, settings: ViewSettings, images: int | None) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+def _two_groups(views: Callable[..., Tensor], settings: ViewSettings) -> tuple[Tensor, Tensor]:
     large = views(2, settings.global_size, settings.global_scale)
     if settings.local_count:
         return large, views(settings.local_count, settings.local_size, settings.local_scale)
-    shape = (0, 3) if images is None else (0, images, 3)
+    shape = (0, *large.shape[1:-2])
     return large, torch.zeros(*shape, settings.local_size, settings.local_size, dtype=torch.uint8)
 
 
@@ -234,6 +236,15 @@ class Draws(NamedTuple):
         }
         return self._replace(**own, factors=factors)
 
+    def without_colour(self) -> Draws:
+        """The same for images whose channels are not red, green and blue."""
+        return self._replace(
+            order=tuple(name for name in self.order if name not in _COLOUR), grey=torch.zeros_like(self.grey)
+        )
+
+
+_COLOUR = ("saturation", "hue")
+
 
 def draw(blur: Tensor, solar: Tensor, settings: ViewSettings, generator: torch.Generator) -> Draws:
     """DINO's distributions (main_dino.py); `blur` and `solar` are probabilities [n]."""
@@ -287,9 +298,12 @@ def photometric(
     images = views.float() / 255
     if len(views) == 0:
         return images
-    draws = draw(blur, solar, settings, generator).part(part, count)
+    draws, backend = draw(blur, solar, settings, generator).part(part, count), settings.augment
+    if views.shape[1] != 3:  # no colours: neither hue nor saturation nor grey; torchvision refuses such channels
+        draws = draws.without_colour()
+        backend = "kornia" if backend == "torchvision" else backend
     radius = max(1, min(int(3 * settings.blur_sigma[1] + 0.5), views.shape[-1] - 1))
-    return BACKENDS[settings.augment](images, draws, 2 * radius + 1)
+    return BACKENDS[backend](images, draws, 2 * radius + 1)
 
 
 _JITTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -329,7 +343,8 @@ def by_rows(images: Tensor, draws: Draws, kernel: int) -> Tensor:
         put(jittered, changed.clamp(0, 1))
 
     grey = rows(draws.grey)
-    put(grey, rgb_to_grayscale(take(grey)).expand(-1, 3, -1, -1))
+    if len(grey):
+        put(grey, rgb_to_grayscale(take(grey)).expand(-1, 3, -1, -1))
 
     blurred = rows(draws.blur)
     if len(blurred):
@@ -351,7 +366,8 @@ def compiled(images: Tensor, draws: Draws, kernel: int) -> Tensor:
     jitter = on(draws.jitter)
     for name in draws.order:
         images = _compiled(name)(images, jitter, on(draws.factors[name]))
-    images = _compiled("grey")(images, on(draws.grey), None)
+    if images.shape[1] == 3:
+        images = _compiled("grey")(images, on(draws.grey), None)
     if bool(draws.blur.any()):  # the dearest; known on the host
         images = _compiled("blur")(images, on(draws.blur), (kernel, on(draws.sigma)))
     return _compiled("solarize")(images, on(draws.solarize), None)

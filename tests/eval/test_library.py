@@ -538,6 +538,8 @@ def test_every_entry_of_the_registry(name: str) -> None:
         "out",
         "model",
         "min_match",
+        "backbone",
+        "files",
         "skip_unreadable",
         "set",
         "group_pattern",
