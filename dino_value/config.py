@@ -6,6 +6,7 @@ Defaults are the method's published setting where it gives one, else DINO's (mai
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import math
 import os
@@ -47,7 +48,7 @@ class DataConfig:
     skip_unreadable: bool = False  # go on without images that cannot be read, and count them; else they end the run
     # Values that become black and white in images deeper than 8 bits, [0, 4095] for 12 in 16; by default the type's or,
     # where it says, the file's own; pixels with a sign, of 32 bits or in floating point are refused without it.
-    range: list[float] = field(default_factory=list)
+    range: list[float] = dataclasses.field(default_factory=list)  # as `field` is a key here
     max_pixels: int = 178_956_970  # an image of more is refused by its header; PIL's own limit
     depth_units: float = 1000.0  # units a metre of depth maps in integers: millimetres; KITTI: 256, TUM: 5000
     max_depth: float = 10.0  # metres, beyond which depth counts as unknown: NYUv2's sensor; KITTI: 80
