@@ -184,8 +184,8 @@ def seen(task: FeedbackTask, backbone: Backbone, batch: tuple[Tensor, ...], devi
     images, labels = (part.to(device, non_blocking=True) for part in batch)
     features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
     size = task.train_stream.batch_size
-    whole = (gather(part[: len(labels)].float(), size) for part in features[:2])
-    return Seen(Features(*whole, features.grid), gather(labels, size))
+    cls, patches = (gather(part[: len(labels)].float(), size) for part in features[:2])
+    return Seen(Features(cls, patches, features.grid), gather(labels, size))
 
 
 def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:

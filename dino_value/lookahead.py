@@ -112,8 +112,8 @@ def labelled_loss(
     trained and not differenced, the head in float32."""
     device = batch.labels.device.type
     # Without the cache, which would keep casts of a shadow that has moved on.
-    now = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
-    with torch.autocast(device, cache_enabled=False, **now):
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    with torch.autocast(device, dtype, enabled, cache_enabled=False):
         features = functional_call(backbone, parameters, (batch.state,), {"start": scope.start or 0})
     with torch.autocast(device, enabled=False):
         features = Features(features.cls.float(), features.patches.float(), features.grid)

@@ -463,7 +463,7 @@ class Steer:
         if designed and self.config.designer.closed_form == "weights" and self.direction is not None:
             task.weigh = lambda *arguments: self._weights(*arguments)[0]
         if designed and self.steers:
-            task.move = lambda *arguments: self.moved(*arguments, task.seed)
+            task.move = lambda states, said, targets, draw: self.moved(states, said, targets, draw, task.seed)
         return task
 
     def _task(
