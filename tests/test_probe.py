@@ -143,3 +143,42 @@ def test_what_cannot_be_probed(
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run folder"):
         probe_run(tmp_path)
+
+
+AHEAD = ["designer=targets", "value.direction=lookahead", "value.lookahead.steps=2", "feedback.batch_size=2"]
+
+
+def test_agreement_before_a_run_and_of_one(
+    tiny: Make, tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "agreement.json"
+    arguments = ["--agreement", "--pairs", "2", "--out", str(file)]
+    assert main(["probe", str(tiny_yaml), *AHEAD, *arguments]) == 0
+    found = json.loads(file.read_text())
+    assert found.pop("verdict") in capsys.readouterr().out
+    assert all(len(values) == 2 for values in found.values())
+    folder = train(tiny(*AHEAD), quiet=True)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(["probe", str(folder), *arguments]) == 0
+    later = json.loads(file.read_text())
+    assert later["step_true"] != found["step_true"]  # of the trained student
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*AHEAD, "--pairs", "0", "--agreement"], "--pairs 0: must be 1 or more"),
+        (["method=baseline", "--agreement"], "follows no direction: choose method=value and designer.name=targets"),
+        (["designer=unet", "--agreement"], "choose method=value, designer.name=targets or weights"),
+        ([*AHEAD, "feedback.depth.train=3", "--agreement"], "feedback.depth.train=3: half of it"),
+        (["steps=3"], "key=value goes with --agreement"),
+    ],
+)
+def test_agreement_that_cannot_be_measured(
+    tiny_yaml: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["probe", str(tiny_yaml), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error

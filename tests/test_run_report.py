@@ -263,3 +263,12 @@ def test_a_language_run_has_a_page(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+def test_how_far_targets_moved_is_drawn(tiny: Make, tmp_path: Path) -> None:
+    settings = ["designer=targets", "value.direction=lookahead", "value.lookahead.steps=3", "views.local_count=0"]
+    run = train(tiny(*settings, "objective.ibot.weight=1", "objective.ibot.mask_probability=1.0"), quiet=True)
+    page = report_runs([run], tmp_path / "page.html").read_text()
+    assert "What the student is asked for" in page
+    plain = train(tiny(*settings, "out=plain"), quiet=True)  # no patch has a target of its own
+    assert "What the student is asked for" not in report_runs([plain], tmp_path / "plain.html").read_text()

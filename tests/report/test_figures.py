@@ -165,3 +165,16 @@ def test_many_arms_stand_below_each_other() -> None:
         sizes[count] = picture(panel.png).size
     assert sizes[12][0] == pytest.approx(sizes[8][0], rel=0.05)
     assert sizes[12][1] > 1.2 * sizes[8][1]
+
+
+def test_targets_figure() -> None:
+    images = np.zeros((2, 3, 8, 8), np.uint8)
+    maps = {"value": np.array([[[0.0, 0.1], [0.2, 0.5]]] * 2), "random": np.zeros((2, 2, 2))}
+    figure = figures.targets_figure(images, maps)
+    assert [panel.name for panel in figure.panels] == ["random", "value"]
+    assert "0.20 nats" in figure.panels[1].alt
+    still, moved = (np.asarray(picture(panel.png).convert("RGB"), dtype=float) for panel in figure.panels)
+    rows, columns = slice(still.shape[0] // 4, still.shape[0] // 2), slice(still.shape[1] * 5 // 8, still.shape[1])
+    assert moved[rows, columns].mean() > still[rows, columns].mean() + 5  # one scale: no change is dark
+    with pytest.raises(ValueError, match="do not fit"):
+        figures.targets_figure(images, {"value": np.zeros((3, 2, 2))})
