@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -487,10 +488,17 @@ def measure(
     return rows
 
 
+def some(cases: Sequence[Case], pattern: str | None) -> list[Case]:
+    """Those whose names match; all without a pattern."""
+    return [case for case in cases if not pattern or re.search(pattern, case.name)]
+
+
 def compare(rows: Mapping[str, Mapping[str, Any]], targets: Sequence[Target]) -> list[dict[str, Any]]:
     """Ratios of time, within rounds, and of peak memory, with their targets."""
     found = []
     for target in targets:
+        if not {target.case, target.reference} <= rows.keys():
+            continue  # left out by --only
         case, reference = rows[target.case], rows[target.reference]
         ratios = [a / b for a, b in zip(case["seconds"], reference["seconds"], strict=True)]
         resident = case["peak_resident_bytes"], reference["peak_resident_bytes"]
@@ -535,6 +543,8 @@ def report(rows: Mapping[str, Mapping[str, Any]], ratios: Sequence[Mapping[str, 
         )
     console.print(table)
 
+    if not losses:
+        return
     table = Table("r", "throughput lost, %: from the parts", "from whole cycles", "reached")
     for period, row in losses.items():
         percent = {key: 100 * value for key, value in row["parts"].items()}
@@ -557,6 +567,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--blocks", default=2, type=int, help="k of the scope")
     parser.add_argument("--stride", default=4, type=int, help="of the U-Net that the value updates use")
     parser.add_argument("--repeats", default=5, type=int, help="rounds")
+    parser.add_argument("--only", metavar="REGEX", help="these cases alone, for example 'learner step|lookahead'")
     parser.add_argument("--cycles", default=1, type=int, help="whole cycles to run at r = 8")
     parser.add_argument("--threads", type=int, help="of the CPU; PyTorch's choice by default")
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: the processor's time, of one thread")
@@ -581,6 +592,10 @@ def main(argv: Sequence[str]) -> int:
         least = 2 if "batch" in name else 1
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')}={getattr(options, name)}: must be at least {least}")
+    try:
+        re.compile(options.only or "")
+    except re.error as error:
+        raise UserError(f"--only={options.only}: not a regular expression: {error}") from None
     if options.cycles < 0:
         raise UserError(f"--cycles={options.cycles}: must be at least 0")
     if options.threads is not None:
@@ -594,17 +609,20 @@ def main(argv: Sequence[str]) -> int:
         write_data(Path(folder), options.image_size, max(options.batch, 4 * options.meta_batch))
         vision = Vision(options, Path(folder))
         check_clock(options.clock, torch.get_num_threads(), vision.device)
-        rows = measure(vision.cases(), options.repeats, vision.device, options.clock)
+        rows = measure(some(vision.cases(), options.only), options.repeats, vision.device, options.clock)
         ratios = compare(rows, vision.targets())
-        parts = throughput({name: row["seconds"] for name, row in rows.items()}, options.stride)
-        losses = {period: {"parts": spread(values), "cycles": None} for period, values in parts.items()}
-        vision.steer.engine_name = DIFFERENCE
-        if shares := [1 - vision.cycle(8, options.clock) for _ in range(options.cycles)]:
-            losses[8]["cycles"] = spread(shares)
+        losses: dict[int, dict[str, Any]] = {}
+        if not options.only:
+            parts = throughput({name: row["seconds"] for name, row in rows.items()}, options.stride)
+            losses = {period: {"parts": spread(values), "cycles": None} for period, values in parts.items()}
+            vision.steer.engine_name = DIFFERENCE
+            if shares := [1 - vision.cycle(8, options.clock) for _ in range(options.cycles)]:
+                losses[8]["cycles"] = spread(shares)
         device, settings = vision.device, vision.steered.config
         del vision
     try:
         cases, targets = language_cases(options, device)
+        cases = some(cases, options.only)
     except ImportError as error:
         print(f"language: left out, {error.name or error} is missing: pip install 'dino-value[language]'")
     else:

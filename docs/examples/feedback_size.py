@@ -1,7 +1,7 @@
-"""The gain over the baseline against the number of labelled images: the figure of docs/evidence.md.
+"""The gain over the baseline against the number of labelled images: a figure of docs/lab-notes/value_weights_on_rooms.md.
 
     dino-value compare compare/rooms_labels --jobs 2
-    python docs/examples/feedback_size.py labels/results.json docs/evidence_labels.png
+    python docs/examples/feedback_size.py labels/results.json docs/lab-notes/evidence_labels.png
 
 Reads arms that are called value_N, N the number of labels, and the arm baseline; one dot a seed, paired.
 """
