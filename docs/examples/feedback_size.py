@@ -1,4 +1,4 @@
-"""The gain over the baseline against the number of labelled images: a figure of docs/lab-notes/value_weights_on_rooms.md.
+"""Gain over the baseline against the number of labelled images: a figure of docs/lab-notes/value_weights_on_rooms.md.
 
     dino-value compare compare/rooms_labels --jobs 2
     python docs/examples/feedback_size.py labels/results.json docs/lab-notes/evidence_labels.png
