@@ -172,7 +172,7 @@ def evaluation_split(kind: str, path: str) -> LabelledSource | None:
 
 
 class Seen(NamedTuple):
-    """What the frozen backbone makes of a labelled batch, all of it on every process."""
+    """What the frozen backbone makes of a labelled batch: what the head reads of it is whole on every process."""
 
     features: Features
     labels: Tensor
@@ -184,8 +184,9 @@ def seen(task: FeedbackTask, backbone: Backbone, batch: tuple[Tensor, ...], devi
     images, labels = (part.to(device, non_blocking=True) for part in batch)
     features = backbone(backbone.normalise(never_empty(task, images, labels)[0]))
     size = task.train_stream.batch_size
-    cls, patches = (gather(part[: len(labels)].float(), size) for part in features[:2])
-    return Seen(Features(cls, patches, features.grid), gather(labels, size))
+    part = task.label.part
+    read = gather(getattr(features, part)[: len(labels)].float(), size)
+    return Seen(features._replace(**{part: read}), gather(labels, size))
 
 
 def fit_head(task: FeedbackTask, backbone: Backbone, device: torch.device, guard: FiniteGuard) -> Tensor:

@@ -16,6 +16,8 @@ class LabelKind(NamedTuple):
     """One kind of label; its settings are the section of `feedback` of the same name."""
 
     layout: Layout
+    part: str
+    """Which of the features the head reads: `patches` or `cls`."""
     read: Callable[[Features], Tensor]
     """Features to what the head reads."""
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -31,9 +33,9 @@ def _map(features: Features) -> Tensor:
 
 
 KINDS: dict[str, LabelKind] = {
-    "seg": LabelKind("ade20k", _map, segmentation_loss, lambda labels: labels != IGNORE, IGNORE),
-    "depth": LabelKind("nyuv2", _map, depth_loss, lambda labels: labels > 0, 0),
+    "seg": LabelKind("ade20k", "patches", _map, segmentation_loss, lambda labels: labels != IGNORE, IGNORE),
+    "depth": LabelKind("nyuv2", "patches", _map, depth_loss, lambda labels: labels > 0, 0),
     "classes": LabelKind(
-        "imagefolder", lambda seen: seen.cls, classification_loss, lambda labels: labels != UNKNOWN, UNKNOWN
+        "imagefolder", "cls", lambda seen: seen.cls, classification_loss, lambda labels: labels != UNKNOWN, UNKNOWN
     ),
 }

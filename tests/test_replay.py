@@ -55,16 +55,21 @@ def test_a_refused_step_is_kept_and_computed_again(
 
 def test_a_replay_is_exact(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Terms that are finite beside one that is not come out bit for bit: state and draws are those of then."""
-    losses = SelfDistillation.losses
+    predict, terms_of = SelfDistillation.predict, SelfDistillation.terms_of
 
-    def spoilt(self: SelfDistillation, student: Learner, *arguments: object) -> dict[str, torch.Tensor]:
-        found = losses(self, student, *arguments)  # type: ignore[arg-type]
-        if student.training and armed:  # the learner's step, not the designer's before it
+    def watched(self: SelfDistillation, student: Learner, *arguments: object) -> dict[str, torch.Tensor]:
+        learning[:] = [True] * student.training  # the learner's step, not the designer's before it
+        return predict(self, student, *arguments)  # type: ignore[arg-type]
+
+    def spoilt(self: SelfDistillation, *arguments: object) -> dict[str, torch.Tensor]:
+        found = terms_of(self, *arguments)  # type: ignore[arg-type]
+        if learning and armed:
             found["koleo"] = found["koleo"] * math.inf
         return found
 
-    armed: list[bool] = []
-    monkeypatch.setattr(SelfDistillation, "losses", spoilt)
+    armed, learning = list[bool](), list[bool]()
+    monkeypatch.setattr(SelfDistillation, "predict", watched)
+    monkeypatch.setattr(SelfDistillation, "terms_of", spoilt)
     update = Run.learner_update
 
     def updated(self: Run, large: torch.Tensor, small: torch.Tensor) -> None:

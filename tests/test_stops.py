@@ -109,7 +109,7 @@ BUSY: dict[str, tuple[Any, str, Sequence[str]]] = {
     "listing": (data_module, "list_images", []),
     "decoding into memory": (data_module, "read_image", ["data.in_memory=true"]),
     "compiling": (Backbone, "configure", []),
-    "fitting heads": (steer_module, "fit_head", []),
+    "fitting heads": (steer_module, "fit_heads", []),
     "warming a designer up": (Steer, "update", ["value.warmup=3"]),
     "warming a designer up after burn-in": (Steer, "update", ["value.burn_in=3", "checkpoint.every=100"]),
 }
