@@ -274,9 +274,24 @@ def _probe_start(arguments: argparse.Namespace) -> int:
 
     if arguments.pairs < 1:
         raise UserError(f"--pairs {arguments.pairs}: must be 1 or more")
+    if arguments.out is not None:
+        try:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{arguments.out}: cannot be written ({error.strerror})") from None
+        if arguments.out.is_dir():
+            raise UserError(f"{arguments.out}: is a folder; name a file")
+    for name in ("checkpoint", "blocks", "batch"):
+        if getattr(arguments, name) is not None:
+            raise UserError(
+                f"--{name} is not for --agreement: give key=value of the configuration, as value.scope.blocks=2"
+            )
     found = probe_start(arguments.run, arguments.overrides, arguments.pairs)
     if arguments.out is not None:
-        write_json(arguments.out, found)
+        try:
+            write_json(arguments.out, found)
+        except OSError as error:
+            raise UserError(f"{arguments.out}: cannot be written ({error.strerror})") from None
     Console().print(agreement_table(found))
     return EXIT_DONE
 

@@ -185,7 +185,7 @@ class ScopeConfig:
 
 @dataclass
 class LookaheadConfig:
-    """value.direction=lookahead: θ_S less a copy of it that the labels have trained (docs/value.md)."""
+    """value.direction=lookahead: θ_S less a copy of it that the labels have trained (docs/steering.md)."""
 
     steps: int = 80  # m, ours: on photographs 20 steps were not reproducible, 80 were (method section 8)
     lr: float | None = None  # of the copy; null: optim.lr, as if the labels had the learner's own optimizer
@@ -209,7 +209,7 @@ class ValueConfig:
     tolerance: float = 5e-2  # relative error of φ's gradient above which an engine is refused
     diagnose: int = 0  # designer updates between measurements on held feedback; 0 takes none
     agreement: int = (
-        0  # updates between measurements of whether a direction is the labels' own (docs/value.md); 0: none
+        0  # updates between measurements of whether a direction is the labels' own (docs/steering.md); 0: none
     )
     scope: ScopeConfig = field(default_factory=ScopeConfig)
 
@@ -670,7 +670,8 @@ def check(config: Config) -> Config:
     _check_direction(config)
     if config.value.agreement and not (config.designs and config.follows):
         raise UserError(
-            "value.agreement measures what a closed form makes of a direction: choose designer.name=targets, or 0"
+            f"value.agreement with method={config.method}, designer.name={config.designer.name}: it measures what a "
+            "closed form makes of a direction; choose method=value and designer.name=targets, or set it to 0"
         )
     if config.value.diagnose and config.designs and config.needs_labels:
         for kind, path in config.labels.items():
@@ -723,7 +724,7 @@ def _check_direction(config: Config) -> None:
     if v.direction == "adam" and v.burn_in < ADAM_BURN_IN and config.needs_labels:
         raise UserError(
             f"value.direction=adam with value.burn_in={v.burn_in}: it reads the second moments of the learner's "
-            "optimizer, and those of its first steps point along a few coordinates alone (docs/value.md); set "
+            "optimizer, and those of its first steps point along a few coordinates alone (docs/steering.md); set "
             f"value.burn_in to {ADAM_BURN_IN} or more"
         )
     if v.direction == "adam" and config.method == "oracle":
@@ -739,6 +740,11 @@ def _check_direction(config: Config) -> None:
     for key, value in (("kl", d.kl), ("strength", d.strength)):
         if value is not None and value < 0:
             raise UserError(f"designer.{key}={value}: must be at least 0; 0 leaves the targets as they are")
+    if config.method == "random" and not config.needs_labels and d.moves_targets:
+        raise UserError(
+            f"method=random with designer.name={d.name}: nothing follows a direction; choose method=value for noise or "
+            "designer.name=targets for targets along a random direction"
+        )
     if config.designs and d.moves_targets and d.kl is None and d.strength is None:
         raise UserError("designer.name=targets needs a bound or a strength: give designer.kl or designer.strength")
 

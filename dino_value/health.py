@@ -26,7 +26,7 @@ CLOSE = 0.05  # nats: a distribution this near to ln K, or to 0, is uniform, or 
 ONE_LINE = 1.05  # RankMe of features that differ by no more than rounding
 CONSTANT = 0.01  # standard deviation of normalised targets, which is near 1 in health
 LAG = 0.1  # share of the heads' loss that a few more steps would take off
-ROUNDING = 0.05  # nats: bfloat16 leaves an error of .005 in a difference of log-probabilities (docs/value.md)
+ROUNDING = 0.05  # nats: bfloat16 leaves an error of .005 in a difference of log-probabilities (docs/steering.md)
 # said without patience: they are no beginnings
 AT_ONCE = ("lookahead_diverges", "direction_reverses", "targets_follow_rounding", "heads_lag")
 WINDOW = 20  # readings that a loss is compared with

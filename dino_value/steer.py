@@ -498,6 +498,9 @@ class Steer:
             UserError: no.
         """
         for name, gradient in gradients.items():
+            if name == "value.lookahead" and not bool(norm(gradient).isfinite()):
+                rate = self.config.value.lookahead.lr or self.config.optim.lr
+                raise UserError(f"value.lookahead diverges, at a rate of {rate:g}: lower value.lookahead.lr")
             with refusing(name):
                 check_start(gradient)
         if self.designer is None or self.designer_optimizer is None:
