@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def test_measuring_lag_changes_nothing(tiny: Make) -> None:
     assert float(head_lag(task, run.student.backbone, run.device, 3)) == first
 
 
-def test_lag_and_drift_are_logged(tiny: Make) -> None:
+def test_lag_and_drift_are_logged(tiny: Make, tmp_path: Path) -> None:
     settings = ["designer=targets", "value.direction=dot", "feedback.lag_every=2", "steps=6", "value.period=1"]
     rows = read_metrics(train(tiny(*settings), quiet=True))
     assert [row["step"] for row in rows if "head_lag" in row] == [1, 3, 5]
@@ -85,7 +86,12 @@ def test_lag_and_drift_are_logged(tiny: Make) -> None:
     assert len(drifts) == 5
     assert all(-1 <= drift <= 1 for drift in drifts)
     ahead = read_metrics(
-        train(tiny("designer=targets", "value.direction=lookahead", "value.lookahead.steps=2", "out=ahead"), quiet=True)
+        train(
+            tiny(
+                "designer=targets", "value.direction=lookahead", "value.lookahead.steps=2", f"out={tmp_path / 'ahead'}"
+            ),
+            quiet=True,
+        )
     )
     assert not any("head_lag" in row for row in ahead)  # its heads repair themselves
 
@@ -132,10 +138,13 @@ def test_rounding_is_of_low_precision_alone(tiny: Make) -> None:
     assert CollapseWatch(tiny()).judge(7, values) == []
 
 
-def test_what_survives_on_held_labels_is_measured(tiny: Make) -> None:
+def test_what_survives_on_held_labels_is_measured(tiny: Make, tmp_path: Path) -> None:
     held = ["feedback.seg.held=2", "feedback.depth.held=1", "value.diagnose=1"]
     settings = ["designer=targets", "value.direction=lookahead", "value.lookahead.steps=3"]
-    runs = [train(tiny(*settings, *held, "out=measured"), quiet=True), train(tiny(*settings, *held[:2]), quiet=True)]
+    runs = [
+        train(tiny(*settings, *held, f"out={tmp_path / 'measured'}"), quiet=True),
+        train(tiny(*settings, *held[:2]), quiet=True),
+    ]
     found = [row["held_survival"] for row in read_metrics(runs[0]) if "held_survival" in row]
     assert found
     assert all(value == value for value in found)

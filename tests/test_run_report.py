@@ -270,5 +270,5 @@ def test_how_far_targets_moved_is_drawn(tiny: Make, tmp_path: Path) -> None:
     run = train(tiny(*settings, "objective.ibot.weight=1", "objective.ibot.mask_probability=1.0"), quiet=True)
     page = report_runs([run], tmp_path / "page.html").read_text()
     assert "What the student is asked for" in page
-    plain = train(tiny(*settings, "out=plain"), quiet=True)  # no patch has a target of its own
+    plain = train(tiny(*settings, f"out={tmp_path / 'plain'}"), quiet=True)  # no patch has a target of its own
     assert "What the student is asked for" not in report_runs([plain], tmp_path / "plain.html").read_text()
