@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
@@ -28,6 +28,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from dino_value.backbones import WEIGHTS_NAME, Backbone, create_backbone, load_backbone, load_weights
+from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, load_config, packaged
 from dino_value.data.conventions import Conventions, as_configured, conventions, using
 from dino_value.data.labelled import Kept, LabelledDataset, Split
@@ -49,6 +50,7 @@ HEADLINES = {"seg": "miou", "depth": "rmse", "linear": "top1", "knn": "knn_top1"
 CLOCKS = {"wall": ("seconds", "wall-clock"), "cpu": ("cpu_seconds", "processor time")}
 """What `clock` may say: the logged number that it reads, and its name."""
 
+NETWORKS = ("teacher", "student")
 STEP0, RUNS = "step0", "runs"
 PCA_ARMS = 5  # that a row of pictures has room for
 DRAWN, PREDICTIONS = ("seg", "depth"), 4  # evaluations whose first predictions are drawn, of the first seed
@@ -64,11 +66,14 @@ class Spec:
     config: str = MISSING  # the training configuration that all arms share
     out: str = "compare"
     seeds: int = 5
+    starts: list[str] = field(default_factory=list)  # each arm's start_from, in turn by seed; a random effect
     overrides: list[str] = field(default_factory=list)  # key=value, of every arm
     # name -> key=value of this arm alone; @name in a value is the run of that arm with the same seed
     arms: dict[str, Any] = field(default_factory=dict)
     only: list[str] = field(default_factory=list)  # these arms alone, and what is claimed of them; the rest may follow
     evaluate: dict[str, Any] = field(default_factory=dict)  # seg, depth, linear, knn -> {data: ROOT, option: value}
+    networks: list[str] = field(default_factory=lambda: ["teacher"])  # student too: student_miou beside miou
+    metrics: list[str] = field(default_factory=list)  # what claims are about; by default each evaluation's headline
     equal_time: bool = True  # a second table, at equal wall-clock
     clock: str = "wall"  # or cpu: the run's processor time in its place, on a machine that has other work
     reference: str = "baseline"  # the arm whose time all then have
@@ -145,10 +150,25 @@ def check_spec(spec: Spec) -> Spec:
         _options(name, options, 0)
     if not spec.evaluate:
         raise UserError(f"evaluate: give at least one of {', '.join(HEADLINES)}")
+    if not spec.networks or not {*spec.networks} <= {*NETWORKS}:
+        raise UserError(f"networks={spec.networks}: choose {', '.join(NETWORKS)}, or both")
+    known = [f"{prefix}{metric}" for prefix in map(_prefix, spec.networks) for metric in _metrics(spec.evaluate)]
+    for metric in spec.metrics:
+        if metric not in known:
+            raise UserError(f"metrics: {metric} is not measured; choose {', '.join(known)}")
     for claim in claims_of(spec):
         if len(claim) != 2 or not {*claim} <= {*spec.arms, STEP0}:
             raise UserError(f"claims: {list(claim)}: give [arm, against], two of {', '.join((STEP0, *spec.arms))}")
     return spec
+
+
+def _metrics(evaluations: Iterable[str]) -> list[str]:
+    """What `evaluate` finds: k-NN has no loss."""
+    return [f"{HEADLINES[one]}{end}" for one in evaluations for end in (("",) if one == "knn" else ("", "_loss"))]
+
+
+def _prefix(network: str) -> str:
+    return "" if network == "teacher" else f"{network}_"
 
 
 def _named(changes: Sequence[str]) -> list[str]:
@@ -181,7 +201,10 @@ def compare(spec: Spec, jobs: int = 1, quiet: bool = False) -> dict[str, Any]:
     prepare(out)
     start = {STEP0: start_rows(spec, jobs)}
     configs = {(arm, seed): config_of(spec, arm, seed) for arm in spec.arms for seed in range(spec.seeds)}
-    results: dict[str, Any] = {"seeds": list(range(spec.seeds)), "arms": start | run_arms(spec, configs, jobs, quiet)}
+    seeds: dict[str, Any] = {"seeds": list(range(spec.seeds))}
+    if spec.starts:
+        seeds["starts"] = [seed % len(spec.starts) for seed in range(spec.seeds)]
+    results: dict[str, Any] = seeds | {"arms": start | run_arms(spec, configs, jobs, quiet)}
     results["clock"] = spec.clock
     results["seconds_per_step"] = cost = {arm: step_seconds(spec, configs, arm) for arm in spec.arms}
     results["steps"] = {arm: configs[arm, 0].steps for arm in spec.arms}
@@ -192,7 +215,7 @@ def compare(spec: Spec, jobs: int = 1, quiet: bool = False) -> dict[str, Any]:
             if steps != config.steps:
                 folder = Path(config.out)
                 configs[arm, seed] = replace(config, steps=steps, out=str(folder.with_name(f"{folder.name}_{steps}")))
-        timed: dict[str, Any] = {"seeds": results["seeds"], "arms": start | run_arms(spec, configs, jobs, quiet)}
+        timed: dict[str, Any] = seeds | {"arms": start | run_arms(spec, configs, jobs, quiet)}
         timed["steps"] = {arm: configs[arm, 0].steps for arm in spec.arms}
         timed["claims"] = _claims(spec, timed)
         results["equal_time"] = timed
@@ -224,7 +247,9 @@ def config_of(spec: Spec, arm: str, seed: int) -> Config:
     changes = [
         f"{change}_{seed}" if _named([old]) else change for old, change in zip(spec.arms[arm], changes, strict=True)
     ]
-    return load_config(spec.config, [*spec.overrides, *changes, f"seed={seed}", f"out={runs / f'{arm}_{seed}'}"])
+    start = [f"start_from={spec.starts[seed % len(spec.starts)]}"] if spec.starts else []
+    own = [f"seed={seed}", f"out={runs / f'{arm}_{seed}'}"]
+    return load_config(spec.config, [*start, *spec.overrides, *changes, *own])
 
 
 def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int, quiet: bool = False) -> Table:
@@ -244,11 +269,11 @@ def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int, q
             for arm, seed in work:
                 config = configs[arm, seed]
                 console.print(f"[bold]{arm}[/bold], seed {seed}: {config.steps} steps")
-                rows[arm, seed] = run_one(config, spec.evaluate, quiet)
+                rows[arm, seed] = run_one(config, spec.evaluate, quiet, spec.networks)
                 done(arm, seed)
             continue
         with _processes(jobs) as pool:
-            futures = {key: pool.submit(run_one, configs[key], spec.evaluate, True) for key in work}
+            futures = {key: pool.submit(run_one, configs[key], spec.evaluate, True, spec.networks) for key in work}
             try:
                 for (arm, seed), future in futures.items():
                     rows[arm, seed] = future.result()
@@ -270,10 +295,28 @@ def _begin(jobs: int, parent: int) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
 
-def run_one(config: Config, evaluations: Mapping[str, Any], quiet: bool = False) -> dict[str, float]:
-    """Train one run, unless it is finished, and evaluate it, unless it has been."""
+def run_one(
+    config: Config, evaluations: Mapping[str, Any], quiet: bool = False, networks: Sequence[str] = ("teacher",)
+) -> dict[str, float]:
+    """Train one run, unless it is finished, and evaluate its networks, unless they have been."""
     folder = train(config, quiet)
-    return _kept(folder / "results" / "compare.json", evaluations, config, load_backbone(folder))
+    found: dict[str, float] = {}
+    for network in networks:
+        backbone = load_backbone(folder) if network == "teacher" else _student(folder)
+        name = f"compare{'' if network == 'teacher' else f'_{network}'}.json"
+        numbers = _kept(folder / "results" / name, evaluations, config, backbone)
+        found |= {f"{_prefix(network)}{key}": value for key, value in numbers.items()}
+    return found
+
+
+def _student(folder: Path) -> Backbone:
+    """The student's backbone of a finished run, from its last checkpoint."""
+    backbone, state = load_backbone(folder), load_checkpoint(folder, "student")
+    own = {
+        key.removeprefix("backbone."): value for key, value in state["student"].items() if key.startswith("backbone.")
+    }
+    backbone.load_state_dict(own)
+    return backbone
 
 
 def start_rows(spec: Spec, jobs: int = 1) -> dict[str, list[float]]:
@@ -287,7 +330,9 @@ def start_rows(spec: Spec, jobs: int = 1) -> dict[str, list[float]]:
 def _start_row(spec: Spec, seed: int) -> dict[str, float]:
     config = config_of(spec, next(iter(spec.arms)), seed)
     path = Path(spec.out) / STEP0 / f"{seed}.json"
-    return _kept(path, spec.evaluate, config, start_backbone(config))
+    numbers = _kept(path, spec.evaluate, config, start_backbone(config))
+    # Both networks continue the same weights.
+    return {f"{_prefix(network)}{key}": value for network in spec.networks for key, value in numbers.items()}
 
 
 @as_configured
@@ -403,18 +448,18 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def headlines(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The same results without the evaluations' losses: what is claimed, and drawn seed by seed."""
+def headlines(results: Mapping[str, Any], metrics: Sequence[str] = ()) -> dict[str, Any]:
+    """The same results with `metrics` alone, by default without losses: what is claimed, and drawn seed by seed."""
+    chosen = metrics or [f"{_prefix(network)}{name}" for network in NETWORKS for name in HEADLINES.values()]
     arms = {
-        arm: {name: values for name, values in row.items() if name in HEADLINES.values()}
-        for arm, row in results["arms"].items()
+        arm: {name: values for name, values in row.items() if name in chosen} for arm, row in results["arms"].items()
     }
-    return {"arms": arms, "seeds": results["seeds"]}
+    return {**results, "arms": arms}
 
 
 def judge(spec: Spec, results: Mapping[str, Any]) -> list[Comparison]:
     """Every claim on every headline."""
-    return compare_all(headlines(results), [(arm, against) for arm, against in claims_of(spec)])
+    return compare_all(headlines(results, spec.metrics), [(arm, against) for arm, against in claims_of(spec)])
 
 
 def _claims(spec: Spec, results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -428,6 +473,7 @@ def _claims(spec: Spec, results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "wins": one.wins,
             "n": one.n,
             "effect": one.effect,
+            "p": one.p,
             "verdict": one.outcome,
             "sentence": one.sentence,
         }
@@ -453,7 +499,10 @@ def write_page(
     runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
     first = config_of(spec, next(iter(spec.arms)), 0)
     images = _pictures(spec, first)
-    figures = [results_figure(headlines(results)), curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"))]
+    figures = [
+        results_figure(headlines(results, spec.metrics)),
+        curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean")),
+    ]
     if images is not None:
         shown = {arm: masked(folders[0], images) for arm, folders in runs.items()}
         drawn = {arm: found for arm, found in shown.items() if found is not None}

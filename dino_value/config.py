@@ -235,7 +235,9 @@ class DesignerConfig:
     weight_clip: float = 10.0  # of `weights`: the largest weight against that of a mean term, and the inverse
     candidates: int = 4  # of `best_of_n`: local crops drawn for each one kept
     kl: float | None = 0.2  # of `targets`: the mean KL(q′‖q) of a step is at most this, in nats; null: no bound
-    strength: float | None = None  # of `targets`: s, or the most it may be where kl is given; null: what kl allows
+    strength: float | None = (
+        2.0  # of `targets`: s, or with kl the most it may be: long runs went to uniform outputs without
+    )
     start_from: str | None = None  # a run folder or checkpoint whose mask generator begins this run
     frozen: bool = False  # the mask generator stays as it is
 

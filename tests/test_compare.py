@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from dino_value import compare as module
+from dino_value.checkpoint import latest_checkpoint
 from dino_value.cli import main
 from dino_value.compare import Spec, compare, config_of, equal_time, load_spec, write_page
-from dino_value.config import Config
+from dino_value.config import Config, packaged
 from dino_value.errors import UserError
+from dino_value.train import train
+
+Make = Callable[..., Config]
 
 SPEC = """
 config: TINY
@@ -161,7 +166,33 @@ def test_mistakes_end_in_one_line(spec_file: Path, tmp_path: Path, capsys: pytes
         assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["compare/scenes", "compare/quickstart", "compare/rooms", "compare/rooms_labels"])
+def test_starts_go_in_turn_and_both_networks_are_judged(tiny: Make, spec_file: Path, tmp_path: Path) -> None:
+    starts = [
+        train(tiny("method=baseline", f"seed={seed}", "steps=1", f"out={tmp_path / f'start_{seed}'}"), quiet=True)
+        for seed in (5, 6)
+    ]
+    given = [f"starts=[{starts[0]},{starts[1]}]", "networks=[teacher,student]", "metrics=[miou,student_miou_loss]"]
+    spec = load_spec(
+        spec_file, [f"out={tmp_path / 'out'}", "only=[baseline,value]", "seeds=3", "equal_time=false", *given]
+    )
+    assert [config_of(spec, "value", seed).start_from for seed in range(3)] == [*map(str, starts), str(starts[0])]
+    found = compare(spec)
+    assert found["starts"] == [0, 1, 0]
+    assert {one["metric"] for one in found["claims"]} == {"miou", "student_miou_loss"}
+    step0, arm = found["arms"]["step0"], found["arms"]["value"]
+    assert step0["student_miou_loss"] == step0["miou_loss"]
+    assert len({*step0["miou_loss"]}) == 3  # another start, or other heads
+    # The student's numbers are of the student's weights.
+    assert arm["student_miou_loss"] != arm["miou_loss"]
+    folder = tmp_path / "out" / "runs" / "value_0"
+    state = torch.load(latest_checkpoint(folder / "checkpoints"), weights_only=True)["student"]  # type: ignore[arg-type]
+    weights = module._student(folder).state_dict()
+    assert all(torch.equal(state[f"backbone.{name}"], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    "name", sorted(f"compare/{path.stem}" for path in packaged("compare/rooms.yaml").parent.glob("*.yaml"))
+)
 def test_packaged_comparisons_are_valid(name: str) -> None:
     spec = load_spec(name)
     assert isinstance(spec, Spec)

@@ -174,10 +174,10 @@ def _verdicts(comparisons: Sequence[Comparison]) -> str:
         parts.append(f'<h3>{title}</h3><ul class="verdicts">{rows}</ul>')
     parts.append(
         '<p class="small">Differences are first arm minus second, paired by seed, in the unit shown; in '
-        f"brackets, the {LEVEL:.0%} interval of the mean over seeds (expanded percentile bootstrap); the effect size "
-        "is the mean difference in standard deviations of the differences. A claim "
-        f"needs at least {MIN_SEEDS} seeds and an interval that leaves out zero; intervals are not corrected "
-        "for the number of claims.</p>"
+        f"brackets, the {LEVEL:.0%} t-interval of the mean over seeds (over starts, where there are several), of this "
+        f"difference alone. p-values are corrected for the {len(comparisons)} differences judged here (Holm). A claim "
+        f"needs at least {MIN_SEEDS} seeds and p < {1 - LEVEL:.2g}. The effect size is the mean difference in standard "
+        "deviations of the differences.</p>"
     )
     return "".join(parts)
 

@@ -1,19 +1,21 @@
 """What a table of results allows one to say: paired differences, intervals and one sentence a claim.
 
 Results are ``{"arms": {arm: {metric: [one value a seed]}}}``; position i of every list belongs to the same
-seed, so arms are compared pairwise. Fractions (``miou``, ``top1``, ``delta1``) are stored in [0, 1] and shown
-in percent.
+seed, so arms are compared pairwise. ``starts`` beside ``arms`` says which start each seed continues: starts are
+then a random effect, and what is claimed holds for another start too. Fractions (``miou``, ``top1``, ``delta1``) are
+stored in [0, 1] and shown in percent.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from dino_value.errors import UserError
 
@@ -25,6 +27,8 @@ MIN_SEEDS = 5
 """Fewer allow no claim: n seeds all agree by chance alone with probability 2^(1-n), 1 in 8 at n = 4."""
 
 LEVEL = 0.95
+STUDENT = "student_"
+"""What the metrics of the student's backbone begin with; the others are the teacher's."""
 ARM_ORDER = ("step0", "baseline", "random", "value")
 CLAIMS = (("value", "baseline"), ("value", "random"), ("value", "step0"), ("baseline", "step0"))
 
@@ -88,6 +92,9 @@ def metric_of(key: str) -> Metric:
     """The metric called ``key``; any name with "loss" in it is a loss. Raises UserError for another name."""
     if key in _METRICS:
         return _METRICS[key]
+    if key.startswith(STUDENT):
+        plain = metric_of(key.removeprefix(STUDENT))
+        return replace(plain, key=key, label=f"student's {plain.label}")
     if "loss" in key:
         return Metric(key, key.replace("_", " "), higher_is_better=False)
     raise UserError(f"results hold the metric {key!r}, and the report knows only {', '.join(_METRICS)} and losses")
@@ -169,34 +176,48 @@ def summarise(values: Array) -> Summary:
     return Summary(float(values[0] if same else values.mean()), sd, values.size)
 
 
-def bootstrap_interval(
-    differences: Array, *, level: float = LEVEL, resamples: int = 20_000, seed: int = 0
-) -> tuple[float, float] | None:
-    """Interval of the mean of ``differences`` [n] by resampling seeds; None below two.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean difference, its interval and the two-sided p-value of no difference; None where there is too little."""
 
-    The expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69:4): at a handful of seeds
-    the plain percentile interval is too narrow (a nominal 95 % covers about 83 % at n = 5), so the tail
-    probability is that of the matching t-interval, Phi(-sqrt(n / (n - 1)) t). It can never leave the range of
-    the differences; hence MIN_SEEDS.
+    mean: float
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+
+
+def estimate(differences: Array, starts: Sequence[int] | None = None, level: float = LEVEL) -> Estimate:
+    """Student's t over seeds, or over the means of starts.
+
+    Seeds that share a start share its luck, so where there are several starts each counts once: the interval is then of
+    a mean over all starts that there could be, with one freedom less than starts. It is exact where every start has as
+    many seeds.
+
+    Args:
+        differences: [n], one a seed.
+        starts: [n], the start of each seed; None, or the same for all: one start, of which the interval then is.
     """
+    if starts is not None and len({*starts}) > 1:
+        groups = np.asarray(starts)
+        differences = np.array([differences[groups == one].mean() for one in sorted({*starts})])
     n = differences.size
+    mean = float(differences.mean()) if n else math.nan
     if n < 2:
-        return None
-    draws = np.random.default_rng(seed).integers(n, size=(resamples, n))
-    means = differences[draws].mean(axis=1)
-    tail = _expanded_tail(n, level)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+        return Estimate(mean)
+    error = float(differences.std(ddof=1)) / math.sqrt(n)
+    if error <= 1e-12 * abs(mean):  # all alike
+        return Estimate(mean, (mean, mean), 1.0 if mean == 0 else 0.0)
+    half = float(student.ppf((1 + level) / 2, n - 1)) * error
+    return Estimate(mean, (mean - half, mean + half), float(2 * student.sf(abs(mean) / error, n - 1)))
 
 
-def _expanded_tail(n: int, level: float) -> float:
-    """Phi(-sqrt(n / (n - 1)) t), t the two-sided ``level`` quantile of Student's law of n - 1 freedoms."""
-    # t = sqrt(df) tan(angle) turns Student's density into cos(angle)^(df - 1) on a finite range.
-    df = n - 1
-    angle = np.linspace(0, np.pi / 2, 20_001)[:-1] + np.pi / 80_000
-    mass = np.cumsum(np.cos(angle) ** (df - 1))
-    t = math.sqrt(df) * math.tan(float(np.interp(level * mass[-1], mass, angle)))
-    return 0.5 * math.erfc(math.sqrt(n / (n - 1)) * t / math.sqrt(2))
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being many: below α with a chance of at most α that any of them is by luck (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
 
 
 @dataclass(frozen=True)
@@ -204,7 +225,9 @@ class Comparison:
     """``arm`` minus ``against`` over the ``n`` seeds that have both.
 
     ``wins``: the seeds where ``arm`` is strictly better; ``left_out``: those where one has no value; ``effect``: the
-    mean difference in standard deviations of the differences (Cohen's d_z), None where they do not vary.
+    mean difference in standard deviations of the differences (Cohen's d_z), None where they do not vary; ``starts``:
+    how many the seeds continue, 0 where that is not known; ``p``: of no difference, corrected for all claims of the
+    page once `corrected` has seen them.
     """
 
     arm: str
@@ -216,6 +239,8 @@ class Comparison:
     n: int
     left_out: int = 0
     effect: float | None = None
+    starts: int = 0
+    p: float | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -225,10 +250,9 @@ class Comparison:
             return "one seed"
         if self.n < MIN_SEEDS:
             return "few seeds"
-        low, high = self.interval
-        if low <= 0 <= high:
+        if self.p is None or self.p >= 1 - LEVEL:
             return "unclear"
-        return "better" if (low > 0) == self.metric.higher_is_better else "worse"
+        return "better" if (self.difference > 0) == self.metric.higher_is_better else "worse"
 
     @property
     def sentence(self) -> str:
@@ -242,7 +266,9 @@ class Comparison:
         if self.interval is None:
             return f"{head}: one seed only: {size}, no interval can be given."
         low, high = (self.metric.show_difference(x) for x in self.interval)
-        body = f"{self.wins}/{self.n} seeds, {size} [{low}, {high}]"
+        of = f"{self.wins}/{self.n} seeds" + (f" of {self.starts} starts" if self.starts > 1 else "")
+        chance = "" if self.p is None else f", p {_p(self.p)}"
+        body = f"{of}, {size} [{low}, {high}]{chance}"
         if self.outcome == "unclear":
             body = f"no clear difference, {body}"
         elif self.outcome == "few seeds":
@@ -251,18 +277,13 @@ class Comparison:
         return f"{head}: {body}{missing}."
 
 
-def compare(
-    results: Results,
-    arm: str,
-    against: str,
-    key: str,
-    *,
-    level: float = LEVEL,
-    resamples: int = 20_000,
-    seed: int = 0,
-) -> Comparison:
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+
+
+def compare(results: Results, arm: str, against: str, key: str, *, level: float = LEVEL) -> Comparison:
     """Arm ``arm`` against arm ``against`` on metric ``key``, paired by seed. Raises UserError for a missing
-    arm or metric.
+    arm or metric, or where ``starts`` names none for a seed.
     """
     arms = arms_of(results)
     for name in (arm, against):
@@ -270,30 +291,47 @@ def compare(
             raise UserError(f"results have no {key!r} for arm {name!r}; arms: {', '.join(arms)}")
     metric = metric_of(key)
     differences = arms[arm][key] - arms[against][key]
-    kept = differences[np.isfinite(differences)]
+    starts = results.get("starts")
+    if starts is not None and len(starts) != differences.size:
+        raise UserError(f"results name {len(starts)} starts for {differences.size} seeds: give one a seed")
+    valid = np.isfinite(differences)
+    kept = differences[valid]
+    ours = None if starts is None else [one for one, there in zip(starts, valid, strict=True) if there]
+    found = estimate(kept, ours, level)
     return Comparison(
         arm=arm,
         against=against,
         metric=metric,
-        difference=float(kept.mean()) if kept.size else math.nan,
-        interval=bootstrap_interval(kept, level=level, resamples=resamples, seed=seed),
+        difference=found.mean,
+        interval=found.interval,
         wins=int(np.sum(kept > 0 if metric.higher_is_better else kept < 0)),
         n=kept.size,
         left_out=differences.size - kept.size,
         effect=float(kept.mean() / kept.std(ddof=1)) if kept.size > 1 and kept.std() > 0 else None,
+        starts=0 if ours is None else len({*ours}),
+        p=found.p,
     )
 
 
+def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same with p-values corrected for how many there are (Holm); intervals stay those of each alone."""
+    told = [c for c in comparisons if c.p is not None]
+    adjusted = iter(holm([c.p for c in told if c.p is not None]))
+    return [c if c.p is None else replace(c, p=next(adjusted)) for c in comparisons]
+
+
 def compare_all(results: Results, claims: Sequence[tuple[str, str]] = CLAIMS) -> list[Comparison]:
-    """Every claim (arm, against) on every metric that both arms have, in the claims' order."""
+    """Every claim (arm, against) on every metric that both arms have, in the claims' order; p is corrected for all."""
     arms = arms_of(results)
-    return [
-        compare(results, arm, against, key)
-        for arm, against in claims
-        if arm in arms and against in arms
-        for key in arms[arm]
-        if key in arms[against]
-    ]
+    return corrected(
+        [
+            compare(results, arm, against, key)
+            for arm, against in claims
+            if arm in arms and against in arms
+            for key in arms[arm]
+            if key in arms[against]
+        ]
+    )
 
 
 def headline(comparisons: Sequence[Comparison], arm: str = "value") -> str:
