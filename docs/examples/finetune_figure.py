@@ -3,7 +3,7 @@
     python docs/examples/finetune_figure.py comparison/results.json figures
 
 Reads evaluations that are told apart by their number of labels (`seg@32_fine-tuned`, `seg@128_fine-tuned`:
-docs/evaluation.md), and writes one picture for each metric: means over seeds, and a bar of one standard deviation up and
+docs/evaluation.md), and writes one picture for each metric: means over seeds, bars of one standard deviation up and
 down. The arms of a number of labels stand a little beside each other.
 """
 
