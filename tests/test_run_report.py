@@ -112,13 +112,13 @@ def test_only_what_every_run_has_is_compared(runs: list[Path]) -> None:
     assert evaluated(arms) == {"arms": {"value": {"miou": [0.25]}, "baseline": {"miou": [0.125]}}}
     for run, miou in zip(runs, (0.5, 0.625), strict=True):
         settings = {"labels": 32, "finetune": True}
-        write_json(
-            run / "results" / "tuned" / "results.json", {"evaluation": "seg", "miou": miou, "settings": settings}
-        )
+        content = {"evaluation": "seg", "miou": miou, "settings": settings}
+        (run / "results" / "seg_32").mkdir()
+        write_json(run / "results" / "seg_32" / "results.json", content)
     found = evaluated(arms)
     assert found is not None
     assert found["arms"]["value"] == {"miou": [0.25], "miou@32_fine-tuned": [0.5]}
-    for folder in ("seg", "tuned"):
+    for folder in ("seg", "seg_32"):
         (runs[1] / "results" / folder / "results.json").unlink()
     assert evaluated(arms) is None
 
