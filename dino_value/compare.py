@@ -45,7 +45,7 @@ from dino_value.train import train
 from dino_value.weights import Reading
 
 HEADLINES = {"seg": "miou", "depth": "rmse", "linear": "top1", "knn": "knn_top1"}
-"""The number of each evaluation that arms are compared by."""
+"""The number of each kind of evaluation that arms are compared by."""
 
 CLOCKS = {"wall": ("seconds", "wall-clock"), "cpu": ("cpu_seconds", "processor time")}
 """What `clock` may say: the logged number that it reads, and its name."""
@@ -71,7 +71,8 @@ class Spec:
     # name -> key=value of this arm alone; @name in a value is the run of that arm with the same seed
     arms: dict[str, Any] = field(default_factory=dict)
     only: list[str] = field(default_factory=list)  # these arms alone, and what is claimed of them; the rest may follow
-    evaluate: dict[str, Any] = field(default_factory=dict)  # seg, depth, linear, knn -> {data: ROOT, option: value}
+    # seg, depth, linear, knn -> {data: ROOT, option: value}; seg@32 is one more seg
+    evaluate: dict[str, Any] = field(default_factory=dict)
     networks: list[str] = field(default_factory=lambda: ["teacher"])  # student too: student_miou beside miou
     metrics: list[str] = field(default_factory=list)  # what claims are about; by default each evaluation's headline
     equal_time: bool = True  # a second table, at equal wall-clock
@@ -143,11 +144,17 @@ def check_spec(spec: Spec) -> Spec:
     if spec.equal_time and spec.reference not in spec.arms:
         raise UserError(f"reference={spec.reference}: not an arm; choose one, or set equal_time=false")
     for name, options in spec.evaluate.items():
-        if name not in HEADLINES:
+        if _kind(name) not in HEADLINES:
             raise UserError(f"evaluate.{name}: choose {', '.join(HEADLINES)}")
         if not isinstance(options, Mapping) or "data" not in options:
-            raise UserError(f"evaluate.{name}: give data: ROOT, and options of `dino-value eval {name}`")
+            raise UserError(f"evaluate.{name}: give data: ROOT, and options of `dino-value eval {_kind(name)}`")
         _options(name, options, 0)
+        words = name.split("@", 1)[1].split("_") if "@" in name else ["all"]
+        if not all(word.replace("-", "").isalnum() for word in words):
+            raise UserError(f"evaluate.{name}: what stands behind @ is letters, digits, - and _")
+        for word in words:
+            if word.isdigit() and word != str(options.get("labels")):
+                raise UserError(f"evaluate.{name}: says {word} labels; give labels: {word}")
     if not spec.evaluate:
         raise UserError(f"evaluate: give at least one of {', '.join(HEADLINES)}")
     if not spec.networks or not {*spec.networks} <= {*NETWORKS}:
@@ -164,7 +171,18 @@ def check_spec(spec: Spec) -> Spec:
 
 def _metrics(evaluations: Iterable[str]) -> list[str]:
     """What `evaluate` finds: k-NN has no loss."""
-    return [f"{HEADLINES[one]}{end}" for one in evaluations for end in (("",) if one == "knn" else ("", "_loss"))]
+    return [_metric(one, end) for one in evaluations for end in (("",) if _kind(one) == "knn" else ("", "_loss"))]
+
+
+def _kind(evaluation: str) -> str:
+    """`seg`, of `seg` and of `seg@32`: what stands behind an @ tells evaluations of one kind apart."""
+    return evaluation.partition("@")[0]
+
+
+def _metric(evaluation: str, end: str = "") -> str:
+    """What arms are compared by: `miou` of `seg`, `miou@32` of `seg@32`; or, with an end, its loss."""
+    kind, at, told = evaluation.partition("@")
+    return f"{HEADLINES[kind]}{end}{at}{told}"
 
 
 def _prefix(network: str) -> str:
@@ -376,7 +394,8 @@ def start_backbone(config: Config) -> Backbone:
 def evaluate(
     backbone: Backbone, evaluations: Mapping[str, Any], seed: int, keep: bool = False, pictures: Path | None = None
 ) -> dict[str, float]:
-    """The headline of each evaluation on held-out images, and the loss where there is one (`miou_loss`).
+    """The headline of each evaluation on held-out images, and the loss where there is one: `miou` and `miou_loss`,
+    or of `seg@32` `miou@32` and `miou_loss@32`.
 
     Args:
         keep: have the images stay in memory for this process's next evaluation.
@@ -386,11 +405,12 @@ def evaluate(
     found: dict[str, float] = {}
     told = replace(conventions(), channels=backbone.channels)
     for name, settings in evaluations.items():
-        evaluation = import_module(EVALUATIONS[name]).EVALUATION
+        kind = _kind(name)
+        evaluation = import_module(EVALUATIONS[kind]).EVALUATION
         with using(told):
             parts = [opened(evaluation.layout, settings["data"], part) for part in ("training", "validation")]
         options = _options(name, settings, seed)
-        if pictures is not None and name in DRAWN:
+        if pictures is not None and kind in DRAWN:
             options = replace(options, save_images=PREDICTIONS)
         result = evaluation.measure(backbone, tuple(parts), options)
         if pictures is not None and result.pictures:
@@ -398,10 +418,9 @@ def evaluate(
 
             write_pictures(pictures / name / "pictures", result.pictures)
         metrics = result.metrics
-        headline = HEADLINES[name]
-        found[headline] = metrics[headline.removeprefix(f"{name}_")]
+        found[_metric(name)] = metrics[HEADLINES[kind].removeprefix(f"{kind}_")]
         if "loss" in metrics:
-            found[f"{headline}_loss"] = metrics["loss"]
+            found[_metric(name, "_loss")] = metrics["loss"]
     return found
 
 
@@ -412,7 +431,7 @@ def _open_kept(told: Conventions, layout: Layout, path: str, part: Split) -> Kep
 
 
 def _options(name: str, settings: Mapping[str, Any], seed: int) -> Any:
-    defaults = import_module(EVALUATIONS[name]).EVALUATION.defaults
+    defaults = import_module(EVALUATIONS[_kind(name)]).EVALUATION.defaults
     given = {
         key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key != "data"
     }
@@ -452,7 +471,8 @@ def headlines(results: Mapping[str, Any], metrics: Sequence[str] = ()) -> dict[s
     """The same results with `metrics` alone, by default without losses: what is claimed, and drawn seed by seed."""
     chosen = metrics or [f"{_prefix(network)}{name}" for network in NETWORKS for name in HEADLINES.values()]
     arms = {
-        arm: {name: values for name, values in row.items() if name in chosen} for arm, row in results["arms"].items()
+        arm: {name: values for name, values in row.items() if (name if metrics else _kind(name)) in chosen}
+        for arm, row in results["arms"].items()
     }
     return {**results, "arms": arms}
 
@@ -540,7 +560,8 @@ def write_page(
         notes=[
             "The first table has equal learner steps; an arm whose designer learns needs longer for each. Seconds of "
             f"{clock} a step, median over seeds: {', '.join(f'{arm} {seconds:.3f}' for arm, seconds in cost.items())}.",
-            "Frozen features; heads trained on labelled images, scored on held-out ones.",
+            "Frozen features, or a copy of the backbone where an evaluation fine-tunes; trained on labelled images, "
+            "scored on held-out ones.",
             *notes,
         ],
         settings={arm: " ".join(changes) or "as configured" for arm, changes in spec.arms.items()},
@@ -556,7 +577,7 @@ def _pictures(spec: Spec, config: Config, count: int = 6) -> Tensor | None:
     """Held-out images uint8 [n C size size] of the first evaluation, at the size of the global views."""
     size = config.views.global_size
     name, settings = next(iter(spec.evaluate.items()))
-    layout = import_module(EVALUATIONS[name]).EVALUATION.layout
+    layout = import_module(EVALUATIONS[_kind(name)]).EVALUATION.layout
     source = open_labelled(layout, settings["data"], "validation")
     data = LabelledDataset(source, range(min(count, len(source))), size=(size, size))
     return data.batch(range(len(data)))[0] if len(data) else None

@@ -154,12 +154,20 @@ def _metrics(run: Path) -> dict[str, float]:
         name = content.get("evaluation", "")
         for metric in HEADLINES.get(name, ()):
             if isinstance(content.get(metric), float):
-                found[f"knn_{metric}" if name == "knn" else metric] = content[metric]
+                key = f"knn_{metric}" if name == "knn" else metric
+                found[f"{key}{_measured(content.get('settings', {}))}"] = content[metric]
         rows = content.get("metrics", {}) if "asked" in content else {}
         for metric in LANGUAGE_HEADLINES:
             if metric in rows and metric not in found:
                 found[metric] = float(rows[metric]["mean"])
     return found
+
+
+def _measured(settings: Mapping[str, Any]) -> str:
+    """What tells results with few labels, or of a fine-tuned backbone, from the others: `@32_fine-tuned`."""
+    labels = settings.get("labels")
+    words = [*([] if labels is None else [str(labels)]), *(["fine-tuned"] if settings.get("finetune") else [])]
+    return f"@{'_'.join(words)}" if words else ""
 
 
 def _galleries(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dino_value.backbones import Backbone
-from dino_value.data.labelled import IGNORE, Kind, LabelledSource
+from dino_value.data.labelled import IGNORE, Kind, LabelledSource, class_of, few_labels
 from dino_value.errors import UserError
 from dino_value.eval.output import format_size
 
@@ -57,6 +57,10 @@ class HeadOptions(Options):
         steps: head updates; 5 % of them warm up linearly, then the learning rate falls along a cosine to 0.
         clip: largest gradient norm.
         augment: mirror training images at random; features are then computed anew each step.
+        labels: train on so many of the training items, a choice by `seed` (`few_labels`); None: on all.
+        finetune: train a copy of the backbone with the head, as `FineTuned` says.
+        finetune_lr: the backbone's peak learning rate; 1e-4 is what mmsegmentation fine-tunes MAE's ViT-B with on
+            ADE20K (AdamW, weight decay 0.05; it lets the rate fall from block to block, here all have the same).
         cache_gb: RAM that unaugmented training features may take; above it they too are computed anew.
         state: folder that keeps the state of a training under way, for `resume`.
         resume: go on from there.
@@ -70,6 +74,9 @@ class HeadOptions(Options):
     weight_decay: float = 0.05
     clip: float = 1.0
     augment: bool = False
+    labels: int | None = None
+    finetune: bool = False
+    finetune_lr: float = 1e-4
     cache_gb: float = 4.0
     state: Path | None = None
     resume: bool = False
@@ -159,7 +166,7 @@ def check_options(backbone: Backbone, options: Options) -> None:
     Raises:
         UserError: a value out of range, or an image size that the patch does not divide.
     """
-    for key in ("steps", "batch", "lr"):
+    for key in ("steps", "batch", "lr", "finetune_lr"):
         if not 0 < getattr(options, key, 1) < math.inf:
             raise UserError(f"{key}={getattr(options, key)} must be positive")
     for key in ("workers", "save_images", "seed", "weight_decay"):
@@ -209,6 +216,9 @@ class View:
     def group(self, index: int) -> str:
         return self.source.group(self.indices[index])
 
+    def label(self, index: int) -> int:
+        return class_of(self.source, self.indices[index])
+
     def load(self, index: int) -> tuple[Tensor, Tensor]:
         """As the source's.
 
@@ -229,6 +239,20 @@ class View:
                     f"but there are {self.num_classes} classes (0 … {self.num_classes - 1}, {IGNORE} = ignore)"
                 )
         return image, target
+
+
+def labelled(source: LabelledSource, options: HeadOptions) -> View:
+    """What a head is trained on: the source's items, or `options.labels` of them.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    return View(source, None if options.labels is None else few_labels(source, options.labels, options.seed))
+
+
+def names_of(source: View, options: HeadOptions) -> dict[str, Any]:
+    """For results.json: which items `options.labels` chose; nothing where it is all of them."""
+    return {} if options.labels is None else {"labelled": [source.name(index) for index in range(len(source))]}
 
 
 @contextmanager

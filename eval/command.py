@@ -162,7 +162,16 @@ def build_parser(found: Evaluation[Any]) -> argparse.ArgumentParser:
     if isinstance(defaults, HeadOptions):
         parser.add_argument("--steps", default=defaults.steps, type=int, help="head updates")
         parser.add_argument("--lr", default=defaults.lr, type=float, help="the head's peak learning rate")
-        parser.add_argument("--weight-decay", default=defaults.weight_decay, type=float, help="of the head")
+        parser.add_argument(
+            "--weight-decay", default=defaults.weight_decay, type=float, help="of the head, and of a backbone trained"
+        )
+        parser.add_argument("--labels", type=int, metavar="N", help="train on N of the training items; default: all")
+        parser.add_argument(
+            "--finetune", action=switch, default=False, help="train a copy of the backbone with the head"
+        )
+        parser.add_argument(
+            "--finetune-lr", default=defaults.finetune_lr, type=float, help="the backbone's peak learning rate"
+        )
         parser.add_argument(
             "--augment", action=switch, default=False, help="mirror at random; features are computed each step"
         )
@@ -243,6 +252,7 @@ def run(found: Evaluation[Any], argv: Sequence[str]) -> int:
         UserError: whatever the user can mend.
     """
     arguments = build_parser(found).parse_args(argv)
+    check_kept([arguments])
     scored = run_each(found, arguments)
     if len(scored) > 1:
         rows = {
@@ -266,6 +276,20 @@ def remove_states(calls: Iterable[argparse.Namespace]) -> None:
     for out in (out for arguments in calls for out in folders(arguments).values()):
         for state in out.glob(".*.pt"):
             state.unlink()
+
+
+def check_kept(calls: Iterable[argparse.Namespace]) -> None:
+    """Frozen and fine-tuned results, and those of other numbers of labels, do not take each other's place.
+
+    Raises:
+        UserError: a folder holds the others.
+    """
+    for arguments in (arguments for arguments in calls if hasattr(arguments, "finetune")):
+        wanted = output.training_of(vars(arguments))
+        for path in (out / "results.json" for out in folders(arguments).values()):
+            held = output.training_of(output.settings_in(path) or vars(arguments))
+            if held != wanted:
+                raise UserError(f"{path}: holds results {held}, these are {wanted}: give another --out")
 
 
 def run_each(found: Evaluation[Any], arguments: argparse.Namespace) -> dict[str, Scored]:
@@ -466,6 +490,7 @@ def run_all(argv: Sequence[str]) -> int:
         )
         for name, data in jobs.items()
     }
+    check_kept(calls.values())
     rows: dict[str, dict[str, str]] = {name: {} for name in unique_names(weights)}
     content: dict[str, Any] = {}
     for name, arguments in calls.items():

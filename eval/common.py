@@ -1,4 +1,5 @@
-"""What the evaluations share, under one name: base.py (settings, results), features.py, fitting.py, output.py.
+"""What the evaluations share, under one name: base.py (settings, results), features.py, fitting.py,
+finetuning.py, output.py.
 
 An evaluation is a pure function of (backbone, sources, options): nothing here reads or moves a global random
 state. On CUDA it repeats to rounding only, because bilinear upsampling adds its gradients in no fixed order.
@@ -13,6 +14,8 @@ from dino_value.eval.base import (
     View,
     check_inputs,
     check_options,
+    labelled,
+    names_of,
     pick_device,
     timed,
 )
@@ -35,6 +38,7 @@ from dino_value.eval.features import (
     training_batches,
     validation_images,
 )
+from dino_value.eval.finetuning import FineTuned, fit
 from dino_value.eval.fitting import fit_head, seeded, train_head
 from dino_value.eval.output import prepare_folder, script, write_results
 
@@ -42,6 +46,7 @@ __all__ = [
     "FIXED",
     "NOT_SETTINGS",
     "Evaluation",
+    "FineTuned",
     "FrozenBackbone",
     "HeadOptions",
     "Items",
@@ -55,11 +60,14 @@ __all__ = [
     "check_options",
     "compact",
     "extract",
+    "fit",
     "fit_head",
     "forward_batch",
     "frozen",
     "in_order",
+    "labelled",
     "last_blocks",
+    "names_of",
     "pick_device",
     "prepare_folder",
     "remember",

@@ -1,4 +1,4 @@
-"""Monocular depth on frozen patch features: `dino-value eval depth`, or `python eval/depth.py`.
+"""Monocular depth on patch features, frozen or fine-tuned: `dino-value eval depth`, or `python eval/depth.py`.
 
 Protocol: images at 480×640, linear-BN head with softplus, squared error, AdamW, 20k steps of 8 images;
 predictions clamped to 1e-3…10 m, scored at each depth map's own resolution inside the Eigen crop. Metrics are computed
@@ -59,7 +59,7 @@ def evaluate(
     val_source: LabelledSource,
     options: DepthOptions = DepthOptions(),
 ) -> dict[str, float]:
-    """Train a head on frozen features and score it on held-out depth maps.
+    """Train a head, alone or with a copy of the backbone, and score it on held-out depth maps.
 
     Returns:
         `rmse` (metres), `absrel`, `delta1`, `delta2`, `delta3`, `log10`, `silog`, each averaged as the options say,
@@ -78,19 +78,21 @@ def measure(backbone: Backbone, data: command.Pair, options: DepthOptions) -> co
         raise UserError(f"min_depth={options.min_depth}, max_depth={options.max_depth}: give 0 < least < most, metres")
     if options.average not in ("image", "pixel"):
         raise UserError(f"average={options.average}: choose image or pixel")
-    training, validation = map(common.View, data)
+    training, validation = common.labelled(data[0], options), common.View(data[1])
     seconds: dict[str, float] = {}
     with common.frozen(backbone, read_map, options) as extractor:
         with common.timed(seconds, "fit"):
-            head = train_head(extractor, training, options)
+            reader, head = fit(extractor, training, options)
         with common.timed(seconds, "score"):
-            result = score(extractor, head, validation, options)
-    result.seconds = seconds
+            result = score(reader, head, validation, options)
+    result.seconds, result.about = seconds, common.names_of(training, options)
     return result
 
 
-def train_head(extractor: common.FrozenBackbone, source: LabelledSource, options: DepthOptions) -> nn.Module:
-    """A head trained on `source`, in eval mode, on the extractor's device."""
+def fit(
+    extractor: common.FrozenBackbone, source: LabelledSource, options: DepthOptions
+) -> tuple[common.FrozenBackbone, nn.Module]:
+    """A reader of images and a head trained on `source`, in eval mode, on the extractor's device."""
     dim = extractor.backbone.embed_dim * options.blocks
     head = common.seeded(lambda: build_head(HEADS[options.head], dim), options.seed)
     mean = mean_depth(source)
@@ -99,7 +101,7 @@ def train_head(extractor: common.FrozenBackbone, source: LabelledSource, options
     if isinstance(head, LinearBNDepthHead):
         head.start_at(mean)
     head.to(extractor.device)
-    return common.train_head(extractor, head, partial(depth_loss, kind="l2"), source, options)
+    return common.fit(extractor, head, partial(depth_loss, kind="l2"), source, options)
 
 
 def score(

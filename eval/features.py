@@ -159,10 +159,10 @@ def loader(dataset: Items, keys: Iterable[list[tuple[int, int]]], workers: int) 
 
 @dataclass(frozen=True)
 class Memory:
-    """Frozen features of a set and its targets, in RAM.
+    """Frozen features of a set, or its images where the backbone is trained, and its targets, in RAM.
 
     Args:
-        features: float32 [n …]; targets: [n …], label maps as uint8.
+        features: float32 [n …], or images uint8 [n 3 h w]; targets: [n …], label maps as uint8.
         order: positions of the items within them, int64; subsets share the tensors.
     """
 

@@ -3,7 +3,7 @@
 Protocol: images scaled to cover 224 px and cropped at the centre, linear-BN head on frozen features, AdamW, 20k steps
 of 256 images. With several `--lrs` all are fitted at once on 90 % of the training split, the one that does best on the
 other 10 % is fitted anew on all of it: the images that are scored choose nothing. `--finetune-blocks K` trains the
-last K blocks too.
+last K blocks too, `--finetune` the whole backbone.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def evaluate(
     val_source: LabelledSource,
     options: LinearOptions = LinearOptions(),
 ) -> dict[str, float]:
-    """Train a linear head on frozen features and score it on held-out images.
+    """Train a linear head, alone or with a copy of the backbone, and score it on held-out images.
 
     Returns:
         `top1` in [0, 1] and `loss`, the held-out cross-entropy.
@@ -86,9 +86,9 @@ def measure(backbone: Backbone, data: command.Pair, options: LinearOptions) -> c
     """`evaluate`, with what intervals, results.json and pictures need."""
     common.check_inputs(backbone, data, "classes", options)
     check_settings(backbone, options)
-    training, validation = map(common.View, data)
+    training, validation = common.labelled(data[0], options), common.View(data[1])
     seconds: dict[str, float] = {}
-    about: dict[str, Any] = {}
+    about: dict[str, Any] = common.names_of(training, options)
     with common.frozen(backbone, POOLS[options.pool], options) as extractor:
         with common.timed(seconds, "fit"):
             memory = None
@@ -116,6 +116,8 @@ def check_settings(backbone: Backbone, options: LinearOptions) -> None:
         raise UserError(f"finetune_blocks={options.finetune_blocks}: choose 0 … {backbone.depth} of {backbone.name}")
     if options.finetune_blocks and (options.lrs or options.blocks > 1):
         raise UserError("finetune_blocks trains one copy of the last blocks, and reads one: leave out lrs and blocks")
+    if options.finetune and (options.lrs or options.finetune_blocks):
+        raise UserError("finetune trains the whole backbone with one head: leave out lrs and finetune_blocks")
     if not 0 < options.crop_share <= 1:
         raise UserError(f"crop_share={options.crop_share}: choose a share in (0, 1]")
 
@@ -213,9 +215,7 @@ def fit(
     head = new_head(extractor.backbone, source.num_classes, options).to(extractor.device)
     dataset = training_set(source, options)
     if not options.finetune_blocks:
-        return extractor, common.train_head(
-            extractor, head, classification_loss, source, options, dataset=dataset, memory=memory
-        )
+        return common.fit(extractor, head, classification_loss, source, options, dataset=dataset, memory=memory)
     trunk = Trunk(extractor, options.finetune_blocks)
     tail = Tail(trunk, options.finetune_blocks, head)
     groups = [(list(head.parameters()), options.lr), (tail.trained, options.backbone_lr)]
@@ -319,7 +319,7 @@ def flags(parser: Any) -> None:
 
 EVALUATION = common.Evaluation(
     name="linear",
-    description="Classification by a linear head on frozen features, or with the last blocks: top-1.",
+    description="Classification by a linear head on features, frozen or fine-tuned: top-1.",
     layout="imagefolder",
     defaults=LinearOptions(),
     open=command.open_pair("imagefolder"),

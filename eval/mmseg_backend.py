@@ -245,7 +245,8 @@ def build_runner(backbone: Backbone, data: Pair, options: SegOptions, folder: Pa
 
     config = configure(backbone, data, options, folder)
     # What may differ from one part of a training to the next.
-    key = repr(configure(backbone, data, replace(options, workers=0, save_images=0), folder).to_dict())
+    settings_of = configure(backbone, data, replace(options, workers=0, save_images=0), folder).to_dict()
+    key = repr((settings_of, options.labels, options.seed))
     settings, checkpoint = folder / "settings.txt", folder / "last_checkpoint"
     resume = options.resume and checkpoint.is_file()
     if resume and not (settings.is_file() and settings.read_text(encoding="utf-8") == key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -61,6 +62,22 @@ def print_comparison(title: str, rows: Mapping[str, Mapping[str, str]]) -> None:
     for name, row in rows.items():
         table.add_row(name, *(row.get(column, "–") for column in columns))
     Console().print(table)
+
+
+def training_of(settings: Mapping[str, Any]) -> str:
+    """Whether the backbone was trained, and on how many labels, in words."""
+    with_or_without = "with" if settings.get("finetune") else "without"
+    labels = "all" if settings.get("labels") is None else settings["labels"]
+    return f"{with_or_without} --finetune, {labels} labels"
+
+
+def settings_in(path: Path) -> dict[str, Any]:
+    """The settings in a results.json; none where there is no such file, or nothing to read in it."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found
 
 
 def prepare_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Semantic segmentation on frozen patch features: `dino-value eval seg`, or `python eval/seg.py`.
+"""Semantic segmentation on patch features, frozen or fine-tuned: `dino-value eval seg`, or `python eval/seg.py`.
 
 Protocol: images scaled to a short side of 512 px; random crops of 512 px to train a linear-BN head with AdamW, 20k
 steps of 8; sliding windows of 512 px, two thirds apart, to test; scored at each label map's own resolution; mean IoU
@@ -67,7 +67,7 @@ def evaluate(
     val_source: LabelledSource,
     options: SegOptions = SegOptions(),
 ) -> dict[str, float]:
-    """Train a head on frozen features and score it on held-out label maps.
+    """Train a head, alone or with a copy of the backbone, and score it on held-out label maps.
 
     Returns:
         `miou`, `macc`, `aacc` in [0, 1], `loss` (held-out cross-entropy, mean over pixels), and
@@ -83,18 +83,20 @@ def measure(backbone: Backbone, data: command.Pair, options: SegOptions) -> comm
     """`evaluate`, with what intervals, results.json and pictures need."""
     common.check_inputs(backbone, data, "seg", options)
     check_settings(options)
+    training, validation = common.labelled(data[0], options), common.View(data[1])
     if options.backend == "mmseg":
         from dino_value.eval import mmseg_backend
 
-        return mmseg_backend.measure(backbone, data, options)
-    training, validation = map(common.View, data)
+        result = mmseg_backend.measure(backbone, (training, validation), options)
+        result.about |= common.names_of(training, options)
+        return result
     seconds: dict[str, float] = {}
     with common.frozen(backbone, read_map, options) as extractor:
         with common.timed(seconds, "fit"):
-            head = train_head(extractor, training, options)
+            reader, head = fit(extractor, training, options)
         with common.timed(seconds, "score"):
-            result = score(extractor, head, validation, options)
-    result.seconds = seconds
+            result = score(reader, head, validation, options)
+    result.seconds, result.about = seconds, common.names_of(training, options)
     return result
 
 
@@ -105,6 +107,8 @@ def check_settings(options: SegOptions) -> None:
     if options.head not in BACKENDS[options.backend]:
         heads = "; ".join(f"--backend {name} has {' and '.join(known)}" for name, known in BACKENDS.items())
         raise UserError(f"head={options.head} with --backend {options.backend}: {heads}")
+    if options.finetune and options.backend == "mmseg":
+        raise UserError("finetune: --backend mmseg trains a head alone; --backend own trains the backbone with it")
     if options.inference not in ("slide", "whole"):
         raise UserError(f"inference={options.inference}: choose slide or whole")
     if not 0 <= options.stride <= min(options.size):
@@ -115,13 +119,15 @@ def check_settings(options: SegOptions) -> None:
         raise UserError(f"random_scale={options.random_scale}: give the smallest and the largest factor")
 
 
-def train_head(extractor: common.FrozenBackbone, source: LabelledSource, options: SegOptions) -> nn.Module:
-    """A head trained on `source`, in eval mode, on the extractor's device."""
+def fit(
+    extractor: common.FrozenBackbone, source: LabelledSource, options: SegOptions
+) -> tuple[common.FrozenBackbone, nn.Module]:
+    """A reader of images and a head trained on `source`, in eval mode, on the extractor's device."""
     dim = extractor.backbone.embed_dim * options.blocks
     head = common.seeded(lambda: build_head(HEADS[options.head], dim, source.num_classes), options.seed)
     head.to(extractor.device)
     dataset = Crops(source, options) if options.inference == "slide" else None
-    return common.train_head(extractor, head, segmentation_loss, source, options, dataset=dataset)
+    return common.fit(extractor, head, segmentation_loss, source, options, dataset=dataset)
 
 
 # --- images at the sizes that the backbone sees
@@ -433,7 +439,7 @@ def flags(parser: Any) -> None:
 
 EVALUATION = common.Evaluation(
     name="seg",
-    description="Segmentation by a light head on frozen patch features: mean IoU.",
+    description="Segmentation by a light head on patch features, frozen or fine-tuned: mean IoU.",
     layout="ade20k",
     defaults=SegOptions(),
     open=command.open_pair("ade20k"),

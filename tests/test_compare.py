@@ -149,6 +149,13 @@ def test_equal_time_is_the_references(seconds: float, reference: float, steps: i
         ("evaluate.retrieval={}", r"evaluate\.retrieval: choose seg, depth, linear, knn"),
         ("evaluate.seg.step=3", r"evaluate\.seg: unknown option step"),
         ("evaluate.knn={k: 3}", r"evaluate\.knn: give data: ROOT"),
+        ("evaluate.knn@few={k: 3}", r"evaluate\.knn@few: give data: ROOT, and options of `dino-value eval knn`"),
+        ("evaluate.seg@32={data: x}", r"evaluate\.seg@32: says 32 labels; give labels: 32"),
+        ("evaluate.seg@32_tuned={data: x, labels: 64}", r"seg@32_tuned: says 32 labels; give labels: 32"),
+        ("evaluate.seg@={data: x}", r"evaluate\.seg@: what stands behind @ is letters, digits"),
+        ("evaluate.retrieval@1={data: x}", r"evaluate\.retrieval@1: choose seg, depth, linear, knn"),
+        ("evaluate.knn={data: x, finetune: true}", r"evaluate\.knn: unknown option finetune"),
+        ("metrics=[miou@32]", "metrics: miou@32 is not measured; choose miou, miou_loss"),
     ],
 )
 def test_specifications_that_cannot_be_run(spec_file: Path, change: str, message: str) -> None:
@@ -198,6 +205,27 @@ def test_packaged_comparisons_are_valid(name: str) -> None:
     assert isinstance(spec, Spec)
     for arm in spec.arms:
         config_of(spec, arm, 0)
+
+
+def test_several_evaluations_of_one_kind(spec_file: Path, tmp_path: Path) -> None:
+    few = "{data: DATA/ade, size: [24, 24], steps: 2, batch: 4, inference: whole, finetune: true, labels: N}"
+    few = few.replace("DATA/ade", str(load_spec(spec_file).evaluate["seg"]["data"]))
+    given = [f"evaluate.seg@{n}_fine-tuned={few.replace('N', n)}" for n in ("4", "8")]
+    spec = load_spec(
+        spec_file, [f"out={tmp_path / 'out'}", "only=[baseline,value]", "seeds=1", "equal_time=false", *given]
+    )
+    found = compare(spec)
+    assert list(found["arms"]["value"]) == [
+        *("miou", "miou_loss", "rmse", "rmse_loss"),
+        *(f"miou{end}@{n}_fine-tuned" for n in (4, 8) for end in ("", "_loss")),
+    ]
+    losses = [found["arms"]["step0"][key][0] for key in found["arms"]["step0"] if "miou_loss" in key]
+    assert len({*losses}) == 3
+    # By default the headline of each is claimed, and metrics may name one.
+    assert [one["metric"] for one in found["claims"][:4]] == ["miou", "rmse", "miou@4_fine-tuned", "miou@8_fine-tuned"]
+    spec.metrics = ["miou@8_fine-tuned"]
+    assert "mIoU, 8 labels fine-tuned" in write_page(spec, found, "title", "summary", ["command"]).read_text()
+    assert (tmp_path / "out" / "step0" / "seg@8_fine-tuned" / "pictures").is_dir()
 
 
 def test_runs_end_with_a_comparison_that_is_killed() -> None:

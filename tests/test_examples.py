@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from dino_value.data.layouts import open_labelled
+from dino_value.errors import UserError
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 
@@ -82,3 +84,30 @@ def test_gains_are_paired_and_better_is_positive(tmp_path: Path) -> None:
     assert example.gains(arms, "rmse", -1.0)[8].tolist() == pytest.approx([-0.5, 0.0])
     example.draw(arms, str(tmp_path / "figure.png"))
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_are_drawn_against_the_number_of_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = load("finetune_figure")
+    rows = {
+        arm: {
+            "miou": [0.5, 0.6],
+            **{f"miou@{n}_fine-tuned": [0.1 + n / 1000 + gain, 0.3 + n / 1000 + gain] for n in (128, 32, 512)},
+            "miou_loss@32_fine-tuned": [1.0, 2.0],
+            "rmse@32": [0.7, 0.8],
+        }
+        for arm, gain in (("step0", 0.0), ("baseline", 0.01), ("value", 0.03))
+    }
+    found = example.curves({"arms": rows})
+    assert list(found) == ["miou@fine-tuned", "rmse"]
+    assert list(found["miou@fine-tuned"]) == ["step0", "baseline", "value"]
+    assert sorted(found["miou@fine-tuned"]["value"]) == [32, 128, 512]
+    point = found["miou@fine-tuned"]["value"][128]
+    assert (point.mean, point.sd) == (pytest.approx(0.358), pytest.approx(0.2 / 2**0.5))
+    (tmp_path / "results.json").write_text(json.dumps({"arms": rows}))
+    example.main(tmp_path / "results.json", tmp_path / "figures")
+    names = ["labels_miou_fine-tuned.png", "labels_rmse.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == names
+    assert all((tmp_path / "figures" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    assert capsys.readouterr().out.count(".png") == 2
+    with pytest.raises(UserError, match="no metric of a number of labels"):
+        example.curves({"arms": {"value": {"miou": [0.5]}}})

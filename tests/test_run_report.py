@@ -110,7 +110,16 @@ def test_only_what_every_run_has_is_compared(runs: list[Path]) -> None:
     arms = {"value": [runs[0]], "baseline": [runs[1]]}
     write_json(runs[0] / "results" / "depth.results.json", {"evaluation": "depth", "rmse": 1.0})
     assert evaluated(arms) == {"arms": {"value": {"miou": [0.25]}, "baseline": {"miou": [0.125]}}}
-    (runs[1] / "results" / "seg" / "results.json").unlink()
+    for run, miou in zip(runs, (0.5, 0.625), strict=True):
+        settings = {"labels": 32, "finetune": True}
+        content = {"evaluation": "seg", "miou": miou, "settings": settings}
+        (run / "results" / "seg_32").mkdir()
+        write_json(run / "results" / "seg_32" / "results.json", content)
+    found = evaluated(arms)
+    assert found is not None
+    assert found["arms"]["value"] == {"miou": [0.25], "miou@32_fine-tuned": [0.5]}
+    for folder in ("seg", "seg_32"):
+        (runs[1] / "results" / folder / "results.json").unlink()
     assert evaluated(arms) is None
 
 

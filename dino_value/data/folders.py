@@ -266,6 +266,9 @@ class ImageFolder:
     def group(self, index: int) -> str:
         return self._groups[index]
 
+    def label(self, index: int) -> int:
+        return self._items[index][1]
+
 
 def class_folders(root: Path) -> list[str]:
     """The names of the class folders of `root`, sorted.

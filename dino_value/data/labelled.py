@@ -7,6 +7,7 @@ and goes on reads the same data.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from dino_value.errors import UserError
 from dino_value.parts import WHOLE, Part
+from dino_value.seeds import generator
 
 Kind = Literal["seg", "depth", "classes"]
 Split = Literal["training", "validation"]
@@ -124,6 +126,9 @@ class Subset:
     def group(self, index: int) -> str:
         return self.source.group(self.indices[index])
 
+    def label(self, index: int) -> int:
+        return class_of(self.source, self.indices[index])
+
 
 class Shuffled:
     """A source whose images carry each other's targets: labels that say as much as before, and nothing of the image."""
@@ -171,6 +176,9 @@ class Kept:
 
     def group(self, index: int) -> str:
         return self.source.group(index)
+
+    def label(self, index: int) -> int:
+        return class_of(self.source, index)
 
 
 def readable(source: LabelledSource) -> Subset:
@@ -349,6 +357,34 @@ def split_by_group(
             part += [index for index in members[names[choice]] if index not in exclude]
         parts.append(part[:count])
     return parts
+
+
+def class_of(source: LabelledSource, index: int) -> int:
+    """The class of an item of kind `classes`, without its image where the source has a method `label`."""
+    known: Callable[[int], int] | None = getattr(source, "label", None)
+    return int(source.load(index)[1]) if known is None else known(index)
+
+
+def few_labels(source: LabelledSource, count: int, seed: int) -> list[int]:
+    """`count` indices chosen by `seed`, ascending: the first of one order, so that fewer are among more.
+
+    Of kind `classes` every class has as many, or one more than another, as long as it lasts.
+
+    Raises:
+        UserError: `count` is below 1, or above what there is.
+    """
+    if not (isinstance(count, int) and 1 <= count <= len(source)):
+        raise UserError(f"labels={count}: choose 1 … {len(source)}, the items of the training split")
+    order: list[int] = torch.randperm(len(source), generator=generator(seed, "labels")).tolist()
+    if source.kind == "classes":
+        seen: Counter[int] = Counter()
+        rounds: list[tuple[int, int]] = []  # which of its class an item is; sorting keeps the order within a round
+        for index in order:
+            label = class_of(source, index)
+            rounds.append((seen[label], index))
+            seen[label] += 1
+        order = [index for _, index in sorted(rounds, key=lambda pair: pair[0])]
+    return sorted(order[:count])
 
 
 def file_groups(paths: Sequence[Path], pattern: str | None = None, neighbours: int = 1) -> list[str]:

@@ -89,12 +89,21 @@ _METRICS = {
 
 
 def metric_of(key: str) -> Metric:
-    """The metric called ``key``; any name with "loss" in it is a loss. Raises UserError for another name."""
+    """The metric called ``key``; any name with "loss" in it is a loss.
+
+    What stands behind an @ says how it was measured, a number how many labels: ``miou@32_fine-tuned`` is
+    "mIoU, 32 labels fine-tuned". Raises UserError for another name.
+    """
     if key in _METRICS:
         return _METRICS[key]
     if key.startswith(STUDENT):
         plain = metric_of(key.removeprefix(STUDENT))
         return replace(plain, key=key, label=f"student's {plain.label}")
+    name, _, measured = key.partition("@")
+    if measured:
+        words = (f"{word} labels" if word.isdigit() else word for word in measured.split("_"))
+        plain = metric_of(name)
+        return replace(plain, key=key, label=f"{plain.label}, {' '.join(words)}")
     if "loss" in key:
         return Metric(key, key.replace("_", " "), higher_is_better=False)
     raise UserError(f"results hold the metric {key!r}, and the report knows only {', '.join(_METRICS)} and losses")

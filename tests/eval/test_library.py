@@ -254,7 +254,7 @@ def test_depth_against_loops(backbone: Backbone, average: str, flip: bool) -> No
     options = replace(DEPTH, average=average, flip=flip, min_depth=0.5, max_depth=5.0)
     held_out = depth_source(4, 1)
     with common.frozen(backbone, seg.read_map, options) as extractor:
-        head = depth.train_head(extractor, depth_source(), options)
+        _, head = depth.fit(extractor, depth_source(), options)
         result = depth.score(extractor, head, held_out, options)
         pairs = []
         with torch.no_grad():

@@ -122,7 +122,7 @@ def test_iou_agrees_with_theirs(parts: ModuleType, generator: torch.Generator) -
 def both(backbone: Backbone, data: Pair, options: seg.SegOptions, folder: Path) -> tuple[common.Result, common.Result]:
     """One head, trained by us, scored by us and by mmsegmentation."""
     with common.frozen(backbone, seg.read_map, options) as extractor:
-        head = seg.train_head(extractor, data[0], options)
+        _, head = seg.fit(extractor, data[0], options)
         ours = seg.score(extractor, head, data[1], options)
         with mmseg_backend.isolated(options):
             runner = mmseg_backend.build_runner(backbone, data, replace(options, backend="mmseg"), folder)

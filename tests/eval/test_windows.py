@@ -139,7 +139,7 @@ def test_scores_are_those_of_one_window_at_a_time(
     options = replace(OPTIONS, **change)  # type: ignore[arg-type]
     data = source(45, 70)
     with common.frozen(backbone, seg.read_map, options) as extractor:
-        head = seg.train_head(extractor, source(32, 32, 8), options)
+        _, head = seg.fit(extractor, source(32, 32, 8), options)
         found = seg.score(extractor, head, data, options).metrics
         with torch.no_grad():
             expected = naive(backbone, head, data, options)
@@ -259,7 +259,7 @@ def test_iou_agrees_with_torchmetrics(seed: int) -> None:
 
 def test_rows_add_up_to_the_score(backbone: Backbone) -> None:
     with common.frozen(backbone, seg.read_map, OPTIONS) as extractor:
-        head = seg.train_head(extractor, source(32, 32, 8), OPTIONS)
+        _, head = seg.fit(extractor, source(32, 32, 8), OPTIONS)
         result = seg.score(extractor, head, source(40, 60, 5), OPTIONS)
     assert result.rows.shape == (5, 15)
     whole = result.statistic(result.rows.sum(0)[None])

@@ -113,6 +113,24 @@ def test_the_students_metrics_are_read_as_the_teachers_are() -> None:
     assert (ours.label, ours.higher_is_better, ours.unit) == ("student's depth RMSE", False, "m")
 
 
+@pytest.mark.parametrize(
+    ("key", "label"),
+    [
+        ("miou@32", "mIoU, 32 labels"),
+        ("miou@32_fine-tuned", "mIoU, 32 labels fine-tuned"),
+        ("student_miou@fine-tuned", "student's mIoU, fine-tuned"),
+        ("rmse_loss@128", "depth loss, 128 labels"),
+    ],
+)
+def test_how_a_metric_was_measured_stands_behind_its_name(key: str, label: str) -> None:
+    ours, plain = metric_of(key), metric_of(key.split("@")[0])
+    assert (ours.key, ours.label) == (key, label)
+    assert (ours.unit, ours.scale, ours.higher_is_better) == (plain.unit, plain.scale, plain.higher_is_better)
+    for unknown in ("miou@", "@32", "what@32"):
+        with pytest.raises(UserError, match="the report knows only"):
+            metric_of(unknown)
+
+
 def test_win_null_and_loss(results: dict[str, object]) -> None:
     win = compare(results, "value", "baseline", "miou")
     assert (win.outcome, win.wins, win.n) == ("better", 5, 5)
