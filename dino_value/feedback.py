@@ -90,7 +90,7 @@ class FeedbackTask:
         other = copy.copy(self)
         other.train_indices, other.meta_indices, other.seed = list(train), list(meta), seed
         if shuffle:
-            other.images = Shuffled(self.images, key(seed, "shuffle", self.kind))
+            other.images = Shuffled(self.source, key(seed, "shuffle", self.kind))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "head", self.kind))
             other._begin(dim)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dino_value.errors import UserError
 from dino_value.parts import WHOLE, Part
+from dino_value.seeds import exchange
 
 Kind = Literal["seg", "depth", "classes"]
 Split = Literal["training", "validation"]
@@ -126,12 +127,13 @@ class Subset:
 
 
 class Shuffled:
-    """A source whose images carry each other's targets: labels that say as much as before, and nothing of the image."""
+    """A source whose images carry each other's targets, none of them its own: labels that say as much as before, and
+    nothing of the image."""
 
     def __init__(self, source: LabelledSource, seed: int) -> None:
         self.source = source
         self.kind, self.num_classes, self.class_names = source.kind, source.num_classes, source.class_names
-        self.order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.order = exchange(len(source), torch.Generator().manual_seed(seed))
 
     def __len__(self) -> int:
         return len(self.source)
