@@ -15,6 +15,7 @@ from dino_value.backbones import Backbone, Features
 from dino_value.config import Config
 from dino_value.data.sampling import generator
 from dino_value.distributed import gather
+from dino_value.errors import refusing
 from dino_value.feedback import FeedbackTask, never_empty
 from dino_value.objectives.interface import State
 from dino_value.seeds import exchange
@@ -77,14 +78,15 @@ def _run(
             losses.append(task.weight * one)
         return torch.stack(losses).sum()
 
-    shadow = lookahead(
-        [functools.partial(loss, step) for step in range(settings.steps)],
-        scope.parameters(backbone),
-        [parameter for head in heads for parameter in head.parameters()],
-        lr=config.optim.lr if settings.lr is None else settings.lr,
-        heads_lr=config.feedback.lr,
-        optimizer=settings.optimizer,
-    )
+    with refusing("value.lookahead"):
+        shadow = lookahead(
+            [functools.partial(loss, step) for step in range(settings.steps)],
+            scope.parameters(backbone),
+            [parameter for head in heads for parameter in head.parameters()],
+            lr=config.optim.lr if settings.lr is None else settings.lr,
+            heads_lr=config.feedback.lr,
+            optimizer=settings.optimizer,
+        )
     return shadow, first
 
 

@@ -425,7 +425,8 @@ class Steer:
 
         def shadow(examples: ExampleSet) -> Shadow:
             batches = [examples.batch(index).to(self.device) for index in numbers]
-            return look_ahead(self.learner, batches, settings.steps, lr, settings.optimizer, chunk)
+            with refusing("value.lookahead"):
+                return look_ahead(self.learner, batches, settings.steps, lr, settings.optimizer, chunk)
 
         u, before, after = shadow(examples)
         if settings.contrast:

@@ -275,6 +275,12 @@ def test_one_that_is_not_finite_is_refused(tiny: Tiny, method: str) -> None:
     assert all(value.requires_grad for value in run.learner.trained().values())
 
 
+def test_a_rate_that_overflows_is_refused(tiny: Tiny) -> None:
+    run, _ = steered(tiny("method=value", *AHEAD, "value.lookahead.lr=1e38", "value.burn_in=1"), 1)
+    with pytest.raises(UserError, match=r"^value\.lookahead: it overflowed at a rate of 1e\+38; lower value\.look"):
+        run.learner_update()
+
+
 REFUSED = [
     (["feedback.kind=reward"], "choose feedback.kind=loss"),
     (["value.lookahead.steps=0"], "value.lookahead.steps=0: must be at least 1"),
