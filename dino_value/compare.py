@@ -546,13 +546,15 @@ def write_page(
     from dino_value.gallery import as_pictures, masked, moved, patch_map
     from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure, targets_figure
     from dino_value.report.page import Report, Section, write_report
-    from dino_value.run_report import pictures_figure
+    from dino_value.run_report import headings, pictures_figure
 
     out = Path(spec.out)
     runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
     first = config_of(spec, next(iter(spec.arms)), 0)
     images = _pictures(spec, first)
-    figures = [results_figure(headlines(results)), curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"))]
+    titles = headings(config_of(spec, arm, 0) for arm in spec.arms)
+    curves = curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"), headings=titles)
+    figures = [results_figure(headlines(results)), curves]
     if images is not None:
         shown = {arm: masked(folders[0], images) for arm, folders in runs.items()}
         drawn = {arm: found for arm, found in shown.items() if found is not None}
