@@ -19,7 +19,7 @@ from dino_value.data.sampling import key
 from dino_value.errors import UserError, refusing
 from dino_value.feedback import FeedbackTask, fit_heads
 from dino_value.steps import constant, evaluating, make_views
-from dino_value.value import Gradient, alignment, average, mean_gradient, pre_gradient
+from dino_value.value import Gradient, alignment, average, mean_gradient, norm, pre_gradient
 
 if TYPE_CHECKING:
     from dino_value.steer import Steer
@@ -55,6 +55,17 @@ def direction_agreement(steer: Steer, temperature: float, pairs: int = 1, batche
         raise UserError(
             "the agreement is of what a closed form makes of a direction: choose method=value, designer.name=targets "
             "or weights, and a value.direction that is not random"
+        )
+    if config.designer.closed_form == "targets" and 0 in (config.designer.kl, config.designer.strength):
+        name = "kl" if config.designer.kl == 0 else "strength"
+        raise UserError(
+            f"designer.{name}=0 leaves targets as they are, and nothing is left to compare: give the value that the "
+            "run is to have, or leave it out"
+        )
+    if config.value.direction == "adam" and not steer.optimizer.state:
+        raise UserError(
+            "value.direction=adam goes through the optimizer of a run, which before one has taken no step: measure it "
+            "in a run folder, by value.agreement=N in a run, or choose value.direction=dot, cosine or lookahead"
         )
     with constant(steer.student), evaluating(steer.student):
         rows = [_pair(steer, temperature, number, max(2, batches)) for number in range(pairs)]
@@ -120,6 +131,8 @@ def _direction(steer: Steer, tasks: list[FeedbackTask], temperature: float, numb
             for task in tasks:
                 fit_heads(task, steer.student.backbone, steer.device, steer.guard, steps)
             u = steer.downstream()[0]
+        if not bool(norm(u).isfinite()):
+            raise UserError(f"value.direction={steer.config.value.direction}: not finite; lower its learning rate")
         if steer.config.value.direction in ("cosine", "adam"):  # which read g_pre
             with refusing("value.direction"):
                 g_pre = _g_pre(steer, temperature, "agreement, direction", number, designed=False)

@@ -29,6 +29,7 @@ DELEGATED = {
     "sweep": ("dino_value.sweep.command", "search settings by evaluation results (Optuna); goes on after any stop"),
     "pareto": ("dino_value.pareto", "runs and sweeps in the plane of two metrics: frontier, hypervolume, figure"),
 }
+PAIRS = 3  # of halves of the labels
 CHECK_LAYOUTS = ("auto", "ade20k", "nyuv2", "imagefolder", "revisited", "images")
 
 
@@ -123,15 +124,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("overrides", nargs="*", metavar="key=value", help="with --agreement: of the configuration")
     probe.add_argument("--agreement", action="store_true", help="before a run: is its direction the labels' own?")
-    probe.add_argument("--pairs", type=int, default=3, help="with --agreement: repetitions (default: %(default)s)")
-    probe.add_argument("--trials", type=int, default=32, help="one-step updates tried (default: %(default)s)")
-    probe.add_argument("--held", type=int, default=64, help="labelled images a task, to measure on (%(default)s)")
-    probe.add_argument("--seed", type=int, default=0, help="of the unlabeled batches (default: %(default)s)")
+    probe.add_argument("--pairs", type=int, help=f"with --agreement: repetitions (default: {PAIRS})")
+    probe.add_argument("--trials", type=int, help="one-step updates tried (default: 32)")
+    probe.add_argument("--held", type=int, help="labelled images a task, to measure on (default: 64)")
+    probe.add_argument("--seed", type=int, help="of the unlabeled batches (default: 0)")
     probe.add_argument("--checkpoint", type=Path, metavar="FILE", help="of RUN/checkpoints (default: the newest)")
     probe.add_argument("--blocks", type=int, metavar="K", help="S is the last K blocks (default: the run's scope)")
     probe.add_argument("--batch", type=int, metavar="B", help="unlabeled images of a step (default: the run's)")
-    probe.add_argument("--scale", type=float, default=1.0, help="length of the steps against the optimizer's (1)")
-    probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe….json)")
+    probe.add_argument("--scale", type=float, help="length of the steps against the optimizer's (default: 1)")
+    probe.add_argument("--out", type=Path, help="the JSON file (default: RUN/results/probe….json; --agreement: none)")
     probe.set_defaults(command=_probe)
 
     replay = commands.add_parser("replay", help="compute again a step whose loss or gradient was not finite")
@@ -241,6 +242,8 @@ def _probe(arguments: argparse.Namespace) -> int:
 
     if arguments.agreement:
         return _probe_start(arguments)
+    if arguments.pairs is not None:
+        raise UserError(f"--pairs {arguments.pairs}: goes with --agreement")
     if arguments.overrides:
         raise UserError(f"{arguments.overrides[0]}: a run is probed as it was; key=value goes with --agreement")
     for name in ("blocks", "batch"):
@@ -249,8 +252,10 @@ def _probe(arguments: argparse.Namespace) -> int:
             raise UserError(f"--{name} {value}: must be {1 + (name == 'batch')} or more")
     if arguments.checkpoint is not None and not arguments.checkpoint.is_file():
         raise UserError(f"--checkpoint {arguments.checkpoint}: no such file")
-    what = Probed(arguments.checkpoint, arguments.blocks, arguments.batch, arguments.scale)
-    found = probe_run(arguments.run, arguments.trials, arguments.held, arguments.seed, what)
+    given = {name: value for name in ("trials", "held", "seed") if (value := getattr(arguments, name)) is not None}
+    scale = 1.0 if arguments.scale is None else arguments.scale
+    what = Probed(arguments.checkpoint, arguments.blocks, arguments.batch, scale)
+    found = probe_run(arguments.run, what=what, **given)
     other = {"step": arguments.checkpoint and found["step"], "blocks": what.blocks, "batch": what.batch}
     parts = [f"_{name}_{value}" for name, value in other.items() if value is not None]
     parts += [f"_scale_{what.scale:g}"] if what.scale != 1 else []
@@ -272,8 +277,9 @@ def _probe_start(arguments: argparse.Namespace) -> int:
     from dino_value.probe import probe_start
     from dino_value.report.terminal import agreement_table
 
-    if arguments.pairs < 1:
-        raise UserError(f"--pairs {arguments.pairs}: must be 1 or more")
+    pairs = PAIRS if arguments.pairs is None else arguments.pairs
+    if pairs < 1:
+        raise UserError(f"--pairs {pairs}: must be 1 or more")
     if arguments.out is not None:
         try:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -281,18 +287,20 @@ def _probe_start(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.out}: cannot be written ({error.strerror})") from None
         if arguments.out.is_dir():
             raise UserError(f"{arguments.out}: is a folder; name a file")
-    for name in ("checkpoint", "blocks", "batch"):
+    for name in ("trials", "held", "seed", "checkpoint", "blocks", "batch", "scale"):
         if getattr(arguments, name) is not None:
             raise UserError(
-                f"--{name} is not for --agreement: give key=value of the configuration, as value.scope.blocks=2"
+                f"--{name} is not for --agreement: give --pairs, and key=value of the configuration, as seed=1 or "
+                "value.scope.blocks=2"
             )
-    found = probe_start(arguments.run, arguments.overrides, arguments.pairs)
+    found = probe_start(arguments.run, arguments.overrides, pairs)
     if arguments.out is not None:
         try:
             write_json(arguments.out, found)
         except OSError as error:
             raise UserError(f"{arguments.out}: cannot be written ({error.strerror})") from None
     Console().print(agreement_table(found))
+    print("nothing was written; --out FILE writes it" if arguments.out is None else arguments.out)
     return EXIT_DONE
 
 

@@ -6,19 +6,23 @@ takes fewer of them (each with its own complete schedule).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib import import_module
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -34,10 +38,10 @@ from dino_value.data.conventions import Conventions, as_configured, conventions,
 from dino_value.data.labelled import Kept, LabelledDataset, Split
 from dino_value.data.layouts import Layout, open_labelled
 from dino_value.data.sampling import end_with
-from dino_value.errors import UserError
+from dino_value.errors import Interrupted, UserError
 from dino_value.eval import EVALUATIONS
 from dino_value.files import write_json
-from dino_value.process import choose_device
+from dino_value.process import STOPS, Stops, choose_device, stop_requests
 from dino_value.report.statistics import Comparison, compare_all, metric_of
 from dino_value.report.terminal import results_table
 from dino_value.track import duration, environment, read_metrics
@@ -57,6 +61,14 @@ DRAWN, PREDICTIONS = ("seg", "depth"), 4  # evaluations whose first predictions 
 
 Table = dict[str, dict[str, list[float]]]
 """arm -> metric -> one value a seed."""
+Row = dict[str, float]
+"""metric -> value, of one run."""
+Key = TypeVar("Key")
+
+POLL = 0.5  # seconds between two looks at whether a signal has come
+NOTHING = "there was nothing to save; the same command goes on"
+SAVED = "what ran is saved, and nothing more was begun; the same command goes on"
+_stopped: Event  # of a process of several: whether all are to stop
 
 
 @dataclass
@@ -275,80 +287,165 @@ def run_arms(spec: Spec, configs: Mapping[tuple[str, int], Config], jobs: int, q
     console, rows = Console(stderr=True, quiet=quiet), dict[tuple[str, int], dict[str, float]]()
     began = time.monotonic()
 
-    def done(arm: str, seed: int) -> None:
+    def begun(key: tuple[str, int]) -> None:
+        arm, seed = key
+        console.print(f"[bold]{arm}[/bold], seed {seed}: {configs[key].steps} steps")
+
+    def ended(key: tuple[str, int], row: Row) -> None:
         """A line a run: its numbers, and the time that the others will take."""
-        found = ", ".join(f"{metric_of(name).label} {value:.4f}" for name, value in rows[arm, seed].items())
+        (arm, seed), rows[key] = key, row
+        found = ", ".join(f"{metric_of(name).label} {value:.4f}" for name, value in row.items())
         left = (time.monotonic() - began) / len(rows) * (len(configs) - len(rows))
         console.print(f"[bold]{arm}[/bold], seed {seed}: {found}  ({len(rows)}/{len(configs)}, {duration(left)} left)")
 
     for wave in (False, True):
         work = [key for key in configs if bool(_named(spec.arms[key[0]])) == wave]
-        if jobs == 1:
-            for arm, seed in work:
-                config = configs[arm, seed]
-                console.print(f"[bold]{arm}[/bold], seed {seed}: {config.steps} steps")
-                rows[arm, seed] = run_one(config, spec.evaluate, quiet, spec.networks)
-                done(arm, seed)
-            continue
-        with _processes(jobs) as pool:
-            futures = {key: pool.submit(run_one, configs[key], spec.evaluate, True, spec.networks) for key in work}
-            try:
-                for (arm, seed), future in futures.items():
-                    rows[arm, seed] = future.result()
-                    done(arm, seed)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        calls = {key: partial(run_one, configs[key], spec.evaluate, quiet or jobs > 1, spec.networks) for key in work}
+        each(calls, jobs, begun, ended)
     return {arm: _columns([rows[arm, seed] for seed in range(spec.seeds)]) for arm in spec.arms}
 
 
-def _processes(jobs: int) -> ProcessPoolExecutor:
-    """That start anew: torch's threads and CUDA do not survive a fork. They end with this process, however it ends."""
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (jobs, os.getpid()))
+def each(
+    calls: Mapping[Key, Callable[[], Row]],
+    jobs: int,
+    begun: Callable[[Key], None] = lambda key: None,
+    ended: Callable[[Key, Row], None] = lambda key, row: None,
+) -> dict[Key, Row]:
+    """What each call gives, `jobs` at a time; above one, in processes of their own.
+
+    Args:
+        begun, ended: are told of each.
+
+    Raises:
+        Interrupted: a signal came. Nothing more was begun, and what ran has saved itself.
+        UserError: of one of them; the others have saved themselves.
+    """
+    waiting, running, rows = dict(calls), dict[Future[Row], Key](), dict[Key, Row]()
+
+    def end(key: Key, row: Row) -> None:
+        rows[key] = row
+        ended(key, row)
+
+    if jobs == 1:
+        for key, call in calls.items():
+            begun(key)
+            end(key, call())
+        return rows
+    with stop_requests() as stopping, _processes(jobs) as (submit, stop):
+        while running or (waiting and not stopping()):
+            while waiting and len(running) < jobs and not stopping():  # no queue: nothing could be taken out of it
+                key = next(iter(waiting))
+                begun(key)
+                running[submit(waiting.pop(key))] = key
+            for future in wait(running, POLL, FIRST_COMPLETED).done:
+                end(running.pop(future), future.result())
+            if stopping():
+                stop()
+        if stopping():
+            raise Interrupted(SAVED)
+    return rows
 
 
-def _begin(jobs: int, parent: int) -> None:
-    """What a process of several begins with: its share of the threads."""
+@contextlib.contextmanager
+def _processes(jobs: int) -> Iterator[tuple[Callable[[Callable[[], Any]], Future[Any]], Callable[[], None]]]:
+    """What has a process call something, and what has all of them save and stop. They start anew, as torch's threads
+    and CUDA do not survive a fork, and end with this process, however it ends."""
+    context = multiprocessing.get_context("spawn")
+    stopped, others = context.Event(), {*multiprocessing.active_children()}
+
+    def submit(call: Callable[[], Any]) -> Future[Any]:
+        # A process that starts inherits the mask: until it is ready it would die of a signal.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        try:
+            return pool.submit(_call, call)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def stop() -> None:
+        if not stopped.is_set():
+            stopped.set()
+            for process in {*multiprocessing.active_children()} - others:
+                process.terminate()
+
+    with ProcessPoolExecutor(jobs, context, _begin, (jobs, os.getpid(), stopped)) as pool:
+        try:
+            yield submit, stop
+        except Interrupted:
+            stop()
+            raise Interrupted(SAVED) from None
+        except BrokenProcessPool:
+            if stopped.is_set():  # one was busy, with nothing to save, and left at once
+                raise Interrupted(SAVED) from None
+            raise UserError("--jobs: a run's process was killed (no memory left?); run fewer at a time") from None
+        except BaseException:
+            stop()
+            raise
+
+
+def _begin(jobs: int, parent: int, stopped: Event) -> None:
+    """What a process of several begins with: its share of the threads, and deaf between two calls."""
+    global _stopped
+    _stopped = stopped
     end_with(parent)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+
+def _call(call: Callable[[], Any]) -> Any:
+    with stop_requests():
+        if _stopped.is_set():  # while it could not hear
+            raise Interrupted(NOTHING)
+        return call()
 
 
 def run_one(
     config: Config, evaluations: Mapping[str, Any], quiet: bool = False, networks: Sequence[str] = ("teacher",)
-) -> dict[str, float]:
-    """Train one run, unless it is finished, and evaluate its networks, unless they have been."""
-    folder = train(config, quiet)
-    found: dict[str, float] = {}
-    for network in networks:
-        backbone = load_backbone(folder) if network == "teacher" else _student(folder)
-        name = f"compare{'' if network == 'teacher' else f'_{network}'}.json"
-        numbers = _kept(folder / "results" / name, evaluations, config, backbone)
-        found |= {f"{_prefix(network)}{key}": value for key, value in numbers.items()}
+) -> Row:
+    """Train one run, unless it is finished, and evaluate its networks, unless they have been.
+
+    Raises:
+        Interrupted: a signal came; what was trained is saved.
+    """
+    found: Row = {}
+    with stop_requests() as stopping:
+        folder = train(config, quiet)
+        _release(stopping)
+        for network in networks:
+            backbone = load_backbone(folder) if network == "teacher" else _student(folder)
+            name = f"compare{'' if network == 'teacher' else f'_{network}'}.json"
+            numbers = _kept(folder / "results" / name, evaluations, config, backbone)
+            found |= {f"{_prefix(network)}{key}": value for key, value in numbers.items()}
     return found
 
 
 def _student(folder: Path) -> Backbone:
     """The student's backbone of a finished run, from its last checkpoint."""
-    backbone, state = load_backbone(folder), load_checkpoint(folder, "student")
-    own = {
-        key.removeprefix("backbone."): value for key, value in state["student"].items() if key.startswith("backbone.")
-    }
-    backbone.load_state_dict(own)
+    backbone, own = load_backbone(folder), "backbone."
+    state = load_checkpoint(folder, "student")["student"]
+    backbone.load_state_dict({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
     return backbone
+
+
+def _release(stopping: Stops) -> None:
+    """From here on there is nothing to save."""
+    stopping.release()
+    if stopping():
+        raise Interrupted(NOTHING)
 
 
 def start_rows(spec: Spec, jobs: int = 1) -> dict[str, list[float]]:
     """The untouched start, evaluated with the heads of every seed."""
-    if jobs == 1:
-        return _columns([_start_row(spec, seed) for seed in range(spec.seeds)])
-    with _processes(jobs) as pool:
-        return _columns(list(pool.map(_start_row, [spec] * spec.seeds, range(spec.seeds))))
+    rows = each({seed: partial(_start_row, spec, seed) for seed in range(spec.seeds)}, jobs)
+    return _columns([rows[seed] for seed in range(spec.seeds)])
 
 
-def _start_row(spec: Spec, seed: int) -> dict[str, float]:
+def _start_row(spec: Spec, seed: int) -> Row:
     config = config_of(spec, next(iter(spec.arms)), seed)
     path = Path(spec.out) / STEP0 / f"{seed}.json"
-    numbers = _kept(path, spec.evaluate, config, start_backbone(config))
+    with stop_requests() as stopping:
+        _release(stopping)
+        numbers = _kept(path, spec.evaluate, config, start_backbone(config))
     # Both networks continue the same weights.
     return {f"{_prefix(network)}{key}": value for network in spec.networks for key, value in numbers.items()}
 
@@ -513,16 +610,15 @@ def write_page(
     from dino_value.gallery import as_pictures, masked, moved, patch_map
     from dino_value.report.figures import curves_figure, masks_figure, pca_figure, results_figure, targets_figure
     from dino_value.report.page import Report, Section, write_report
-    from dino_value.run_report import pictures_figure
+    from dino_value.run_report import headings, pictures_figure
 
     out = Path(spec.out)
     runs = {arm: [Path(config_of(spec, arm, seed).out) for seed in results["seeds"]] for arm in spec.arms}
     first = config_of(spec, next(iter(spec.arms)), 0)
     images = _pictures(spec, first)
-    figures = [
-        results_figure(headlines(results, spec.metrics)),
-        curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean")),
-    ]
+    titles = headings(config_of(spec, arm, 0) for arm in spec.arms)
+    curves = curves_figure(runs, keys=("loss", "value", "cosine", "mask_mean"), headings=titles)
+    figures = [results_figure(headlines(results, spec.metrics)), curves]
     if images is not None:
         shown = {arm: masked(folders[0], images) for arm, folders in runs.items()}
         drawn = {arm: found for arm, found in shown.items() if found is not None}

@@ -24,10 +24,12 @@ from yaml import YAMLError
 from dino_value.errors import UserError
 from dino_value.files import write_text
 from dino_value.value import COMBINATIONS, LOOKAHEAD_OPTIMIZERS
+from dino_value.value.targets import LARGEST
 
 MASKS = ("unet", "sit")  # learned
 CONTROLS = ("random_masks", "attention")  # masks that no label and no learning shape
 CLOSED_FORMS = ("weights", "best_of_n", "targets")
+LABEL_KEYS = {"seg": "data.ade20k", "depth": "data.nyuv2", "classes": "data.classes"}
 ADAM_BURN_IN = 20  # steps: after the first, Adam's direction lives in 6 of 150,080 coordinates (method section 8)
 NOISE = ("random_targets",)  # the control of `targets` that no label shapes
 
@@ -376,7 +378,7 @@ class Config:
     @property
     def labels(self) -> dict[str, str | None]:
         """Where the labels of each section of `feedback` lie."""
-        return {"seg": self.data.ade20k, "depth": self.data.nyuv2, "classes": self.data.classes}
+        return {kind: getattr(self.data, key.removeprefix("data.")) for kind, key in LABEL_KEYS.items()}
 
     @property
     def designs(self) -> bool:
@@ -642,7 +644,7 @@ def check(config: Config) -> Config:
     _check_koleo(config)
     for key, least in _AT_LEAST.items():
         if get(key) < least:
-            why = " (batch statistics and the loss's pairs need it)" if "batch" in key else ""
+            why = " (batch statistics and the loss's pairs need it)" if key.endswith("batch_size") else ""
             raise UserError(f"{key}={get(key)}: must be at least {least}{why}")
     for key, why in _ABOVE_ZERO.items():
         if get(key) is not None and get(key) <= 0:
@@ -742,6 +744,11 @@ def _check_direction(config: Config) -> None:
     for key, value in (("kl", d.kl), ("strength", d.strength)):
         if value is not None and value < 0:
             raise UserError(f"designer.{key}={value}: must be at least 0; 0 leaves the targets as they are")
+    if d.strength is not None and d.strength > LARGEST:
+        raise UserError(
+            f"designer.strength={d.strength:g}: must be at most {LARGEST:g}, where targets are one-hot for long; set "
+            "it to null for what designer.kl allows"
+        )
     if config.method == "random" and not config.needs_labels and d.moves_targets:
         raise UserError(
             f"method=random with designer.name={d.name}: nothing follows a direction; choose method=value for noise or "
@@ -890,8 +897,7 @@ def _refuse_unknown(given: Any, schema: type, prefix: str, root: type) -> None:
     sections = {item.name: item for item in fields(schema)}
     for key, value in given.items():
         if key not in sections:
-            known = _all_keys(root, "")
-            near = difflib.get_close_matches(f"{prefix}{key}", known, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(f"{prefix}{key}".lower(), _all_keys(root, "", True), n=1, cutoff=0.0)
             name = " ".join(f"{prefix}{key}".split())  # whatever is in it, one line
             raise UserError(f"unknown configuration key {name}; did you mean {near[0]}?")
         default = sections[key].default
@@ -933,13 +939,14 @@ def _in_words(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
 
 
-def _all_keys(schema: type, prefix: str) -> list[str]:
+def _all_keys(schema: type, prefix: str, sections: bool = False) -> list[str]:
+    """With `sections`, their names too."""
     keys: list[str] = []
     for item in fields(schema):
         factory: Any = item.default_factory
         inner = type(factory()) if callable(factory) else None
         if inner is not None and is_dataclass(inner):
-            keys += _all_keys(inner, f"{prefix}{item.name}.")
+            keys += [f"{prefix}{item.name}"] * sections + _all_keys(inner, f"{prefix}{item.name}.", sections)
         else:
             keys.append(f"{prefix}{item.name}")
     return keys

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dino_value.backbones import Backbone, Features
-from dino_value.config import Config, TaskConfig
-from dino_value.data.labelled import Kept, LabelledDataset, LabelledSource, Shuffled, split_by_group
+from dino_value.config import LABEL_KEYS, Config, TaskConfig
+from dino_value.data.labelled import Kept, LabelledDataset, LabelledSource, Shuffled, TooFew, fewer, split_by_group
 from dino_value.data.layouts import open_labelled
 from dino_value.data.sampling import Cursor, Stream, key
 from dino_value.data.splits import split_apart, split_record
@@ -24,6 +25,7 @@ from dino_value.optim import FiniteGuard
 from dino_value.parts import WHOLE
 from dino_value.value import Gradient, GradientAverage, Refreshed, Scope, average, mean_gradient
 
+PARTS = ("train", "meta", "held")
 LAG_BATCHES, LAG_STEPS = 4, 20
 LAG_FROM = 2**24  # the number of the first batch that a measurement draws: no cursor comes there
 
@@ -45,9 +47,10 @@ class FeedbackTask:
         self.kind, self.weight, self.guard, self.source = kind, settings.weight, settings.guard, source
         self.label = KINDS[kind]
         counts = (settings.train, settings.meta, settings.held)
-        parts, self.excluded = split_by_group(source, counts, config.seed), list[int]()
-        if evaluation is not None:
-            parts, self.excluded = split_apart(source, counts, config.seed, evaluation)
+        with _said_of(kind, config, source, counts):
+            parts, self.excluded = split_by_group(source, counts, config.seed), list[int]()
+            if evaluation is not None:
+                parts, self.excluded = split_apart(source, counts, config.seed, evaluation)
         self.train_indices, self.meta_indices, self.held_indices = parts
         self.seed = config.seed
         if config.method == "finetune":  # all labels that the other methods see
@@ -90,7 +93,7 @@ class FeedbackTask:
         other = copy.copy(self)
         other.train_indices, other.meta_indices, other.seed = list(train), list(meta), seed
         if shuffle:
-            other.images = Shuffled(self.images, key(seed, "shuffle", self.kind))
+            other.images = Shuffled(self.source, key(seed, "shuffle", self.kind))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "head", self.kind))
             other._begin(dim)
@@ -141,14 +144,20 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
         settings: TaskConfig = getattr(config.feedback, kind)
         if path is None or settings.weight == 0:
             continue
-        source = open_labelled(
-            KINDS[kind].layout,
-            path,
-            "training",
-            group_pattern=config.data.group_pattern if kind == "seg" else None,
-            neighbours=1 if kind == "classes" else config.data.neighbours,
-            skip_unreadable=config.data.skip_unreadable,
-        )
+        with _said_of(kind, config):
+            source = open_labelled(
+                KINDS[kind].layout,
+                path,
+                "training",
+                group_pattern=config.data.group_pattern if kind == "seg" else None,
+                neighbours=1 if kind == "classes" else config.data.neighbours,
+                skip_unreadable=config.data.skip_unreadable,
+            )
+            if kind == "classes" and source.num_classes < 2:
+                raise UserError(
+                    f"1 class, {source.class_names[0]}, with {len(source)} images: a single class says nothing of an "
+                    f"image; give 2 or more folders in {path}/train, one a class"
+                )
         source = Kept(source) if config.data.in_memory else source
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(config.seed, "head", kind))
@@ -159,6 +168,31 @@ def open_feedback(config: Config, dim: int, device: torch.device) -> list[Feedba
             f"no feedback left: give feedback.KIND.weight a value above 0, and guard=false (KIND: {', '.join(KINDS)})"
         )
     return tasks
+
+
+@contextlib.contextmanager
+def _said_of(
+    kind: str, config: Config, source: LabelledSource | None = None, counts: Sequence[int] = ()
+) -> Iterator[None]:
+    """What is wrong with a labelled set, or with how many images of it are asked for, with the keys to mend it by."""
+    place = f"{LABEL_KEYS[kind]}={config.labels[kind]}"
+    try:
+        yield
+    except TooFew as error:
+        assert source is not None
+
+        def said(numbers: Sequence[int]) -> str:
+            return ", ".join(f"feedback.{kind}.{part}={n}" for part, n in zip(PARTS, numbers, strict=True) if n)
+
+        text, batch = f"{said(counts)}: {place}: {error}", config.feedback.batch_size
+        for size in (batch, 2):  # the least that head-train images may be
+            fit = fewer(source, counts, (size, 1, 1), config.seed, error.exclude)
+            if fit is not None:
+                smaller = f", feedback.batch_size={fit[0]}" if fit[0] < batch else ""
+                raise UserError(f"{text}; {said(fit)}{smaller} would do") from None
+        raise UserError(text) from None
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def evaluation_split(kind: str, path: str) -> LabelledSource | None:

@@ -15,8 +15,10 @@ from dino_value.backbones import Backbone, Features
 from dino_value.config import Config
 from dino_value.data.sampling import generator
 from dino_value.distributed import gather
+from dino_value.errors import refusing
 from dino_value.feedback import FeedbackTask, never_empty
 from dino_value.objectives.interface import State
+from dino_value.seeds import exchange
 from dino_value.value import Gradient, Scope, Shadow, contrast, lookahead, norm
 
 
@@ -76,14 +78,15 @@ def _run(
             losses.append(task.weight * one)
         return torch.stack(losses).sum()
 
-    shadow = lookahead(
-        [functools.partial(loss, step) for step in range(settings.steps)],
-        scope.parameters(backbone),
-        [parameter for head in heads for parameter in head.parameters()],
-        lr=config.optim.lr if settings.lr is None else settings.lr,
-        heads_lr=config.feedback.lr,
-        optimizer=settings.optimizer,
-    )
+    with refusing("value.lookahead"):
+        shadow = lookahead(
+            [functools.partial(loss, step) for step in range(settings.steps)],
+            scope.parameters(backbone),
+            [parameter for head in heads for parameter in head.parameters()],
+            lr=config.optim.lr if settings.lr is None else settings.lr,
+            heads_lr=config.feedback.lr,
+            optimizer=settings.optimizer,
+        )
     return shadow, first
 
 
@@ -121,8 +124,8 @@ def labelled_loss(
 
 
 def shuffled(batches: Sequence[Labelled], drawn: torch.Generator) -> list[Labelled]:
-    """The same images with each other's labels, over all the batches."""
+    """The same images with each other's labels, over all the batches; no place keeps its own."""
     labels = torch.cat([batch.labels for batch in batches])
-    order = torch.randperm(len(labels), generator=drawn).to(labels.device)
+    order = torch.tensor(exchange(len(labels), drawn), device=labels.device)
     parts = labels[order].split([len(batch.labels) for batch in batches])
     return [batch._replace(labels=part) for batch, part in zip(batches, parts, strict=True)]

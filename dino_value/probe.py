@@ -21,7 +21,7 @@ from torch.func import functional_call
 from dino_value.agreement import direction_agreement, verdict
 from dino_value.backbones import Backbone, Hidden
 from dino_value.checkpoint import load_checkpoint
-from dino_value.config import ScopeConfig, load_config, packaged
+from dino_value.config import ADAM_BURN_IN, ScopeConfig, load_config, packaged
 from dino_value.data import open_views
 from dino_value.data.conventions import as_configured
 from dino_value.data.sampling import Stream, generator
@@ -140,7 +140,9 @@ def probe_start(source: Path, overrides: Sequence[str], pairs: int) -> dict[str,
         UserError: neither, or no direction that is followed.
     """
     file = source / "config.yaml"
-    config = load_config(file if file.is_file() else source, ["out=unused", *overrides])
+    # Before a run there is no burn-in to be too short: `direction_agreement` says what adam needs.
+    before = [] if file.is_file() else [f"value.burn_in={ADAM_BURN_IN}"]
+    config = load_config(file if file.is_file() else source, ["out=unused", *before, *overrides])
     run = Run(config)
     if file.is_file():
         run.load_state_dict(load_checkpoint(source))

@@ -18,6 +18,7 @@ from dino_value.errors import EXIT_RESUMABLE, LEFT_AT_ONCE, Interrupted, UserErr
 
 GRACE = 1.0  # seconds that a process told to leave at once has to leave by itself
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_heard: list[int] | None = None  # what has come, of the innermost `stop_requests`
 
 
 def choose_device(name: str) -> torch.device:
@@ -82,12 +83,16 @@ class Stops:
 
 @contextlib.contextmanager
 def stop_requests(held: bool = True) -> Iterator[Stops]:
-    """What says whether SIGTERM, SIGINT or SIGUSR2 has come; a second SIGINT leaves at once.
+    """What says whether SIGTERM, SIGINT or SIGUSR2 has come; a second SIGINT leaves at once. Of two, one within the
+    other, both are told.
 
     Args:
         held: as in `Stops`; False while a run is set up, which can take hours (listing, decoding, compiling).
     """
-    stops = Stops(held)
+    global _heard
+    stops, outer = Stops(held), _heard
+    if outer is not None:
+        stops.requested = outer
 
     def on_signal(number: int, frame: Any) -> None:
         if number == signal.SIGINT and signal.SIGINT in stops.requested:
@@ -101,12 +106,14 @@ def stop_requests(held: bool = True) -> Iterator[Stops]:
     except ValueError:  # not the main thread: the caller handles signals
         yield stops
         return
+    _heard = stops.requested
     # A process inherits its parent's mask, and would never hear what that has blocked.
     mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     try:
         with _leaving_at_once(stops):
             yield stops
     finally:
+        _heard = outer
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from dino_value.backbones import WEIGHTS_NAME, load_backbone
-from dino_value.config import Config, load_config
+from dino_value.config import CONTROLS, NOISE, Config, load_config
 from dino_value.errors import UserError
 from dino_value.gallery import SHOWN, as_pictures, held_out_images, masked, moved, patch_map
 from dino_value.language.config import LanguageConfig, load_language_config
@@ -45,7 +45,12 @@ CURVES = (
     "mask_mean",
     "alpha",
     "held_cosine_designed",
+    "plain_value",
     "moved_value",
+    "best_value",
+    "target_kl_dino",
+    "target_kl_ibot",
+    "target_kl_ijepa",
     "loss_seg",
     "loss_depth",
     "loss_classes",
@@ -86,7 +91,7 @@ def report_runs(places: Sequence[Path], path: Path) -> Path:
     figures = [results_figure(results)] if results is not None and len(runs) > 1 else []  # a lone dot shows nothing
     figures += [front] if front else []
     logged = {arm: found for arm, folders in arms.items() if (found := [run for run in folders if _logged(run)])}
-    figures += [curves_figure(logged, CURVES)] if logged else []
+    figures += [curves_figure(logged, CURVES, headings=headings(configs.values()))] if logged else []
     figures += [figure for figure in (efficiency(arms, configs),) if figure is not None]
     figures += _probes(arms)
     figures += _galleries(arms, configs, missing)
@@ -133,8 +138,31 @@ def arms_of_runs(configs: Mapping[Path, Settings]) -> dict[str, list[Path]]:
 
 
 def _method(run: Path, config: Settings) -> str:
-    """What a run did; of a sweep's untouched start `step0`, whatever its settings."""
-    return "step0" if untouched(run) else config.method
+    """What a run did: its method, or the designer's name where that is a control without labels; of a sweep's untouched
+    start `step0`, whatever its settings."""
+    if untouched(run):
+        return "step0"
+    if isinstance(config, Config) and config.method == "value":
+        name = config.designer.name
+        return name if {*name.split("+")} <= {*CONTROLS, *NOISE} else config.method
+    return config.method
+
+
+def headings(configs: Iterable[Settings]) -> dict[str, str]:
+    """Titles of curves whose meaning the runs' settings decide."""
+    vision = [config for config in configs if isinstance(config, Config)]
+    losses = list(dict.fromkeys(_loss_of(config) for config in vision))
+    found = {"loss": losses[0] if len(losses) == 1 else "The learner's loss, each arm's own"} if losses else {}
+    if any(config.value.direction == "lookahead" and config.needs_labels for config in vision):
+        found |= {"value": "Value V = ⟨u, g_pre⟩", "cosine": "Alignment: cosine of u and g_pre"}
+    return found
+
+
+def _loss_of(config: Config) -> str:
+    if config.method == "finetune":
+        return "Loss on the labels"
+    moves = config.designs and config.designer.moves_targets
+    return "Self-supervised loss, moved targets" if moves else "Self-supervised loss"
 
 
 def evaluated(arms: Mapping[str, Sequence[Path]]) -> dict[str, Any] | None:
@@ -383,13 +411,22 @@ def _settings(config: Settings) -> dict[str, object]:
         "update every": v.period,
         "scope": f"last {v.scope.blocks} blocks" if not v.scope.patterns else ", ".join(v.scope.patterns),
     }
+    if v.direction == "lookahead":
+        steering |= {f"value.lookahead.{key}": value for key, value in dataclasses.asdict(v.lookahead).items()}
+        steering["value.lookahead.lr"] = config.optim.lr if v.lookahead.lr is None else v.lookahead.lr
     if isinstance(config, LanguageConfig):
         lora = config.learner.lora
         shown |= {"accumulation": config.optim.accumulation, "LoRA rank": lora.rank or "all weights"}
         targets = {"candidates": config.targets.candidates, "most mass off the truth": config.targets.alpha_max}
         return shown if config.method == "baseline" else shown | targets | steering
-    designer = {"designer": config.designer.name, "keep ratio": config.designer.keep_ratio}
-    return shown | designer | steering if config.designs else shown
+    d, designer = config.designer, dict[str, object]()
+    if config.designs:
+        designer = {"designer": d.name} | ({"keep ratio": d.keep_ratio} if d.mask or d.control else {})
+    if config.designs and d.moves_targets:
+        bounds = {"designer.kl": d.kl, "designer.strength": d.strength}
+        designer |= {key: "null" if value is None else value for key, value in bounds.items()}
+    steers = config.follows or config.learns_masks
+    return shown | designer | (steering if steers else {})
 
 
 def _notes(arms: Mapping[str, Sequence[Path]]) -> list[str]:

@@ -17,3 +17,11 @@ def key(seed: int, *parts: int | str) -> int:
 def generator(seed: int, *parts: int | str) -> torch.Generator:
     """A CPU generator for one draw: the same on every device."""
     return torch.Generator().manual_seed(key(seed, *parts))
+
+
+def exchange(count: int, drawn: torch.Generator) -> list[int]:
+    """Who gives to each of `count`: a random cycle through all of them, so that with two or more nobody keeps their
+    own."""
+    order = torch.randperm(count, generator=drawn).tolist()
+    donors = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [donors[place] for place in range(count)]

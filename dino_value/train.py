@@ -239,9 +239,9 @@ class Run:
             for part in (self.student, self.loss):
                 use_onednn(part)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        sharded = config.distributed.strategy == "fsdp" and distributed.world() > 1
-        if sharded:
+        if config.distributed.strategy == "fsdp":  # of one process too, whose run may go on with several
             check_sharding(config)
+        sharded = config.distributed.strategy == "fsdp" and distributed.world() > 1
         self.plain = Plain(self.student, self.teacher, sharded)
         self.whole = shard(self.student, trains=True) if sharded else distributed.shared(self.student)
         self.whole_teacher = shard(self.teacher, trains=False) if sharded else distributed.Whole(self.teacher)

@@ -125,8 +125,15 @@ def test_shuffled_labels_are_the_same_labels_on_other_images() -> None:
     found = [shuffled.load(index) for index in range(12)]
     assert [int(image[0, 0, 0]) for image, _ in found] == list(range(12))
     assert sorted(int(target) for _, target in found) == list(range(12))
-    assert [int(target) for _, target in found] != list(range(12))
     assert [int(Shuffled(plain, 1).load(index)[1]) for index in range(12)] != [int(target) for _, target in found]
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_no_image_keeps_its_own_label(count: int) -> None:
+    for seed in range(50):
+        order = Shuffled(LabelledTensors("classes", torch.zeros(count, 3, 2, 2), torch.arange(count)), seed).order
+        assert sorted(order) == list(range(count))
+        assert all(donor != own for own, donor in enumerate(order))
 
 
 def test_shuffled_maps_take_the_size_of_their_new_image(tiny: Make) -> None:

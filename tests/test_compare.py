@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +20,12 @@ import torch
 from safetensors.torch import load_file
 
 from dino_value import compare as module
-from dino_value.checkpoint import latest_checkpoint
+from dino_value.checkpoint import latest_checkpoint, load_checkpoint
 from dino_value.cli import main
 from dino_value.compare import Spec, compare, config_of, equal_time, load_spec, write_page
 from dino_value.config import Config, packaged
-from dino_value.errors import UserError
+from dino_value.errors import EXIT_RESUMABLE, Interrupted, UserError
+from dino_value.process import stop_requests
 from dino_value.train import train
 
 Make = Callable[..., Config]
@@ -107,6 +112,86 @@ def test_processes_give_what_one_process_gives(spec_file: Path, tmp_path: Path) 
     for arm in ("baseline", "value", "frozen"):
         left, right = (tmp_path / name / "runs" / f"{arm}_0" / "backbone.safetensors" for name in ("here", "there"))
         assert all(torch.equal(value, load_file(right)[name]) for name, value in load_file(left).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves_what_runs_and_begins_nothing_more(
+    spec_file: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    long = "overrides=[steps=1000000,checkpoint.every=1000000,log_every=1]"
+    command = ["compare", str(spec_file), "--jobs", "2", f"out={tmp_path / 'out'}", "equal_time=false", long]
+    program = f"import sys; from dino_value.cli import main; sys.exit(main({command!r}))"
+    runs = tmp_path / "out" / "runs"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            until = time.monotonic() + 240
+            while sum(path.stat().st_size > 0 for path in runs.glob("*/metrics.jsonl")) < 2:
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            if number == signal.SIGINT:  # as a terminal does: all of them hear it
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            said = process.communicate(timeout=60)[1].splitlines()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == EXIT_RESUMABLE
+    assert [line.split(":")[0] for line in said] == ["baseline, seed 0", "baseline, seed 1", "stopped"], said
+    assert "the same command goes on" in said[-1]
+    begun = sorted(path.name for path in runs.iterdir())
+    assert begun == ["baseline_0", "baseline_1"]
+    assert all(load_checkpoint(runs / name)["step"] > 0 for name in begun)
+
+
+def test_a_stop_between_two_runs_is_heard(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last step of a run, which then is finished: nothing more is begun."""
+
+    def finished(config: Config, quiet: bool) -> Path:
+        with stop_requests(held=False) as stopping:
+            stopping.hold()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping()
+        return tmp_path
+
+    monkeypatch.setattr(module, "train", finished)
+    spec = load_spec(spec_file, [f"out={tmp_path / 'out'}"])
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        module.run_one(config_of(spec, "value", 0), spec.evaluate)
+
+
+def test_every_run_is_told_when_it_begins_and_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[tuple[str, Any]] = []
+    calls = {name: functools.partial(dict, miou=value) for name, value in (("a", 0.1), ("b", 0.2), ("c", 0.3))}
+    for jobs in (1, 2):
+        told.clear()
+        rows = module.each(
+            calls, jobs, lambda key: told.append(("begins", key)), lambda key, row: told.append((key, row))
+        )
+        assert rows == {name: call() for name, call in calls.items()}
+        assert [name for event, name in told if event == "begins"] == ["a", "b", "c"]
+        assert all(told.index(("begins", name)) < told.index((name, row)) for name, row in rows.items())
+        assert (told[1] == ("begins", "b")) == (jobs == 2)
+
+
+def test_a_mistake_in_one_run_stops_the_others(spec_file: Path) -> None:
+    calls = {"bad": functools.partial(load_spec, "no/such"), "long": functools.partial(_wait_for_a_stop, 600)}
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no/such"):
+        module.each(calls, 2)  # type: ignore[type-var]
+    assert time.monotonic() - began < 60
+
+
+def _wait_for_a_stop(seconds: float) -> dict[str, float]:
+    with stop_requests() as stopping:
+        until = time.monotonic() + seconds
+        while not stopping() and time.monotonic() < until:
+            time.sleep(0.1)
+    return {}
 
 
 def test_arms_share_all_but_their_own_list(spec_file: Path) -> None:
@@ -231,12 +316,12 @@ def test_several_evaluations_of_one_kind(spec_file: Path, tmp_path: Path) -> Non
 def test_runs_end_with_a_comparison_that_is_killed() -> None:
     """Their processes would go on training for nobody."""
     program = (
-        "import os, time\n"
+        "import functools, os, time\n"
         "from dino_value.compare import _processes\n"
         "if __name__ == '__main__':\n"
-        "    pool = _processes(1)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    pool.submit(time.sleep, 600).result()\n"
+        "    with _processes(1) as (submit, stop):\n"
+        "        print(submit(os.getpid).result(), flush=True)\n"
+        "        submit(functools.partial(time.sleep, 600)).result()\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None

@@ -51,13 +51,16 @@ def test_what_is_saved_loads_as_the_same(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("typo", "nearest"),
     [
-        ("optm.lr=1", "optim.lr"),
+        ("optm.lr=1", "optim?"),
         ("optim.learning_rate=1", "optim."),
         ("stpes=3", "steps"),
         ("designer.keep_ration=0.4", "designer.keep_ratio"),
         ("value.scope.block=2", "value.scope.blocks"),
         ("feedback.seg.wieght=2", "feedback.seg.weight"),
         ("data.unlabelled=x", "data.unlabeled"),
+        ("feedback.class=x", "feedback.classes?"),
+        ("designer.KL=0.1", "designer.kl?"),
+        ("Steps=3", "steps?"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(file: Path, typo: str, nearest: str) -> None:

@@ -148,6 +148,21 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
 AHEAD = ["designer=targets", "value.direction=lookahead", "value.lookahead.steps=2", "feedback.batch_size=2"]
 
 
+FLAGS = ("trials", "held", "seed", "blocks", "batch", "scale")
+
+
+def test_agreement_says_where_it_is_written(tiny_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", str(tiny_yaml), *AHEAD, "--agreement", "--pairs", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing was written; --out FILE writes it"
+
+
+def test_agreement_of_adam_in_a_run(tiny: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    adam = ["designer=targets", "value.direction=adam", "value.burn_in=20", "feedback.batch_size=2", "steps=21"]
+    folder = train(tiny(*adam, "checkpoint.every=21"), quiet=True)
+    assert main(["probe", str(folder), "--agreement", "--pairs", "1"]) == 0
+    assert "two directions u" in capsys.readouterr().out
+
+
 def test_agreement_before_a_run_and_of_one(
     tiny: Make, tiny_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -173,6 +188,12 @@ def test_agreement_before_a_run_and_of_one(
         (["designer=unet", "--agreement"], "choose method=value, designer.name=targets or weights"),
         ([*AHEAD, "feedback.depth.train=3", "--agreement"], "feedback.depth.train=3: half of it"),
         (["steps=3"], "key=value goes with --agreement"),
+        (["--pairs", "3"], "--pairs 3: goes with --agreement"),
+        *((["--agreement", f"--{name}", "3"], f"--{name} is not for --agreement") for name in FLAGS),
+        ([*AHEAD, "designer.kl=0", "--agreement"], "designer.kl=0 leaves targets as they are"),
+        ([*AHEAD, "designer.strength=0", "--agreement"], "designer.strength=0 leaves targets as they are"),
+        ([*AHEAD, "value.direction=adam", "--agreement"], "which before one has taken no step: measure it in a run"),
+        ([*AHEAD, "value.lookahead.lr=1e30", "--agreement"], "value.direction=lookahead: not finite"),
     ],
 )
 def test_agreement_that_cannot_be_measured(

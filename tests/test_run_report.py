@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dino_value.language.config import load_language_config
 from dino_value.language.train import train as train_language
 from dino_value.report.figures import results_figure
 from dino_value.run_folder import prepare_folder
-from dino_value.run_report import arms_of_runs, evaluated, report_runs
+from dino_value.run_report import arms_of_runs, evaluated, headings, report_runs
 from dino_value.train import Run, train
 
 Make = Callable[..., Config]
@@ -128,6 +129,48 @@ def test_a_run_without_evaluations_has_a_page(tiny: Make, tmp_path: Path) -> Non
     page = report_runs([run], run / "report.html").read_text()
     assert "Training curves" in page
     assert "Results</h2>" not in page
+
+
+@pytest.mark.slow
+def test_moved_targets_and_labels_are_called_what_they_are(tiny: Make, tmp_path: Path) -> None:
+    ahead = [
+        "designer=targets",
+        "value.direction=lookahead",
+        "value.lookahead.steps=2",
+        "value.lookahead.contrast=true",
+        "objective.ibot.weight=1",
+    ]
+    value, noise, tuned, plain = configs = [
+        tiny(*given) for given in (ahead, ["designer=random_targets"], ["method=finetune"], ["method=baseline"])
+    ]
+    arms = arms_of_runs({tmp_path / str(place): config for place, config in enumerate(configs)})
+    assert list(arms) == ["value", "random_targets", "finetune", "baseline"]
+    assert headings([tuned])["loss"] == "Loss on the labels"
+    assert headings([plain]) == {"loss": "Self-supervised loss"}
+    assert headings([noise]) == {"loss": "Self-supervised loss, moved targets"}
+    assert headings([tuned, value])["loss"] == "The learner's loss, each arm's own"
+    page = html.unescape(report_runs([train(value, quiet=True)], tmp_path / "page.html").read_text())
+    for title in (
+        "Self-supervised loss, moved targets over",
+        "Value V = ⟨u, g_pre⟩",
+        "cosine of u and g_pre",
+        "⟨u, g_pre⟩ with plain targets",
+        "⟨u, g_pre⟩ with moved targets",
+        "⟨u, g_pre⟩ at best, of any targets",
+        "KL of moved targets, DINO (nats)",
+        "KL of moved targets, iBOT (nats)",
+        "What the student is asked for",
+    ):
+        assert title in page
+    shown = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    expected = {"designer.kl": "0.2", "designer.strength": "null", "value.lookahead.steps": "2"}
+    expected |= {
+        "value.lookahead.lr": "0.001",
+        "value.lookahead.optimizer": "adamw",
+        "value.lookahead.contrast": "True",
+    }
+    assert expected.items() <= shown.items()
+    assert "keep ratio" not in shown
 
 
 def test_efficiency_is_of_what_every_arm_has_measured(tiny: Make, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -831,6 +832,34 @@ def test_classes_are_split_apart_from_each_other_and_recorded(tiny: Make, folder
     assert not set(task.train_indices) & set(task.meta_indices)
 
 
+def refused(tiny: Make, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        Run(tiny(*TARGETS, *AHEAD, *overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_class_folders_that_cannot_be_used_are_named_with_their_keys(tiny: Make, folders: Path, tmp_path: Path) -> None:
+    given = [part for part in of_classes(folders) if part.startswith("data")]
+    few = refused(tiny, *given)  # 512 + 128 by default
+    assert few.startswith(f"feedback.classes.train=512, feedback.classes.meta=128: data.classes={folders}: cannot cut")
+    assert "out of 24 in 24 groups" in few
+    works = few.removesuffix(" would do").split("; ")[-1].split(", ")
+    assert works == ["feedback.classes.train=19", "feedback.classes.meta=4"]
+    assert len(Run(tiny(*given, *TARGETS, *AHEAD, *works)).feedback[0].train_indices) == 19
+    smaller = refused(tiny, *given, "feedback.batch_size=64").removesuffix(" would do").split("; ")[-1].split(", ")
+    assert smaller[-1] == "feedback.batch_size=19"
+    Run(tiny(*given, *TARGETS, *AHEAD, *smaller))
+
+    alone = tmp_path / "alone"
+    shutil.copytree(folders / "train" / "red", alone / "train" / "red")
+    one = refused(tiny, *given[1:], f"data.classes={alone}")
+    assert one.startswith(f"data.classes={alone}: 1 class, red, with 8 images")
+    assert f"give 2 or more folders in {alone}/train" in one
+    bare = refused(tiny, *given[1:], f"data.classes={folders / 'train'}")
+    assert bare.startswith(f"data.classes={folders / 'train'}: {folders / 'train' / 'train'}: no such folder; ")
+
+
 # What cannot be
 
 
@@ -838,6 +867,14 @@ def test_a_lookahead_that_diverges_is_refused_before_anything_moves(tiny: Make) 
     run = Run(tiny(*TARGETS, *AHEAD, "value.lookahead.lr=1e30", "value.lookahead.optimizer=sgd"))
     before = theta(run)
     with pytest.raises(UserError, match=r"value\.lookahead diverges, at a rate of .*lower value\.lookahead\.lr"):
+        steps(run, 1)
+    assert same(before, theta(run))
+
+
+def test_a_rate_that_overflows_is_refused(tiny: Make) -> None:
+    run = Run(tiny(*TARGETS, *AHEAD, "value.lookahead.lr=1e38"))
+    before = theta(run)
+    with pytest.raises(UserError, match=r"^value\.lookahead: it overflowed at a rate of 1e\+38; lower value\.look"):
         steps(run, 1)
     assert same(before, theta(run))
 
@@ -876,7 +913,8 @@ def test_a_change_that_is_not_finite_ends_the_run(tiny: Make) -> None:
         (["value.direction=adam", "value.burn_in=19"], r"set value\.burn_in to 20 or more"),
         (["method=oracle", "value.direction=adam", "value.burn_in=20"], r"method=oracle with value\.direction=adam"),
         (["value.lookahead.steps=0"], r"value\.lookahead\.steps=0: must be at least 1"),
-        (["value.lookahead.batches=-1"], r"value\.lookahead\.batches=-1: must be at least 0"),
+        (["value.lookahead.batches=-1"], r"value\.lookahead\.batches=-1: must be at least 0$"),
+        ([*TARGETS, "designer.strength=1.1e6"], r"designer\.strength=1\.1e\+06: must be at most 1e\+06"),
         (["value.lookahead.lr=0"], r"value\.lookahead\.lr=0\.0: must be above 0"),
         (["value.lookahead.optimizer=lion"], r"value\.lookahead\.optimizer=lion: choose adamw, sgd"),
         (["value.direction=ahead"], r"value\.direction=ahead: choose dot, cosine, adam, lookahead, random"),
@@ -923,4 +961,6 @@ def test_what_needs_the_whole_learner_at_every_step(tiny: Make, overrides: list[
     ) as e:
         check_sharding(config)
     assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match=message):  # of one process too
+        Run(config)
     check_sharding(tiny("method=baseline", *TARGETS, "distributed.strategy=fsdp"))

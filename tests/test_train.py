@@ -595,7 +595,11 @@ def test_a_run_refused_at_its_first_step_may_be_corrected(tiny: Callable[..., Co
         ("designer.stride=3", r"designer\.stride=3: must divide"),
         ("optim.batch_size=17", r"16 images are fewer than a batch of 17; lower the batch size"),
         ("value.batch_size=17", r"meta unlabeled: 16 images are fewer than a batch of 17; lower the batch size"),
-        ("feedback.seg.meta=99", r"cannot cut 8 \+ 99 labelled samples"),
+        (
+            "feedback.seg.meta=99",
+            r"^feedback\.seg\.train=8, feedback\.seg\.meta=99: data\.ade20k=\S+/ade: cannot cut 8 \+ 99 labelled "
+            r"samples, .* out of 14 in 14 groups: .*; feedback\.seg\.train=4, feedback\.seg\.meta=10 would do$",
+        ),
         ("device=cuda:99", r"device=cuda:99: not available here"),
         ("device=toaster", r"device=toaster: not available here"),
     ],

@@ -20,13 +20,21 @@ from torch import Tensor
 
 from dino_value.errors import UserError
 from dino_value.parts import WHOLE, Part
-from dino_value.seeds import generator
+from dino_value.seeds import exchange, generator
 
 Kind = Literal["seg", "depth", "classes"]
 Split = Literal["training", "validation"]
 
 IGNORE = 255
 """Label of pixels without a class; the same number as in the heads."""
+
+
+class TooFew(UserError):
+    """Fewer labelled images than asked for, of those that are not in `exclude`."""
+
+    def __init__(self, message: str, exclude: Collection[int]) -> None:
+        super().__init__(message)
+        self.exclude = exclude
 
 
 class LabelledSource(Protocol):
@@ -131,12 +139,13 @@ class Subset:
 
 
 class Shuffled:
-    """A source whose images carry each other's targets: labels that say as much as before, and nothing of the image."""
+    """A source whose images carry each other's targets, none of them its own: labels that say as much as before, and
+    nothing of the image."""
 
     def __init__(self, source: LabelledSource, seed: int) -> None:
         self.source = source
         self.kind, self.num_classes, self.class_names = source.kind, source.num_classes, source.class_names
-        self.order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.order = exchange(len(source), torch.Generator().manual_seed(seed))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -336,8 +345,38 @@ def split_by_group(
     `exclude` are dealt to nobody, and do not change the order of the groups.
 
     Raises:
-        UserError: the groups do not suffice.
+        TooFew: the groups do not suffice.
     """
+    parts = _dealt(source, counts, seed, exclude)
+    if parts is not None:
+        return parts
+    wanted = " + ".join(str(count) for count in counts if count)
+    groups = len({source.group(index) for index in range(len(source))})
+    raise TooFew(
+        f"cannot cut {wanted} labelled samples, no group on two sides, out of {len(source)} in {groups} groups: lower "
+        "the counts, or give more data",
+        exclude,
+    )
+
+
+def fewer(
+    source: LabelledSource, counts: Sequence[int], least: Sequence[int], seed: int, exclude: Collection[int]
+) -> list[int] | None:
+    """Counts that `split_by_group` can deal, in about the proportions of `counts`, 0 where that is 0 and else at least
+    `least`; None where there are none."""
+    left = len(source)
+    while left:
+        fit = [max(low, count * left // sum(counts)) if count else 0 for count, low in zip(counts, least, strict=True)]
+        if _dealt(source, fit, seed, exclude) is not None:
+            return fit
+        left = min(left - 1, left * 19 // 20)
+    return None
+
+
+def _dealt(
+    source: LabelledSource, counts: Sequence[int], seed: int, exclude: Collection[int]
+) -> list[list[int]] | None:
+    """`split_by_group`; None where the groups do not suffice."""
     members: dict[str, list[int]] = {}
     for index in range(len(source)):
         members.setdefault(source.group(index), []).append(index)
@@ -349,11 +388,7 @@ def split_by_group(
         while len(part) < count:
             choice = next(order, None)
             if choice is None:
-                wanted = " + ".join(str(count) for count in counts if count)
-                raise UserError(
-                    f"cannot cut {wanted} labelled samples, no group on two sides, "
-                    f"out of {len(source)} in {len(names)} groups: lower the counts, or give more data"
-                )
+                return None
             part += [index for index in members[names[choice]] if index not in exclude]
         parts.append(part[:count])
     return parts

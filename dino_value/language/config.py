@@ -19,10 +19,13 @@ from dino_value.config import ADAM_BURN_IN, LookaheadConfig, ScopeConfig, TrackC
 from dino_value.errors import UserError
 from dino_value.value import LOOKAHEAD_OPTIMIZERS
 
-METHODS = ("value", "baseline", "random", "closed_form", "uniform", "self_distillation", "sft")
-STEERED = ("value", "random", "closed_form")
+CLOSED_FORMS = ("closed_form", "random_closed_form")
+RANDOM = ("random", "random_closed_form")
+"""Controls: a Gaussian of g_down's norms in place of it, drawn anew when it is."""
+STEERED = ("value", "random", *CLOSED_FORMS)
 """Methods that take g_down."""
 SOFT = (*STEERED, "uniform", "self_distillation")
+METHODS = (*SOFT, "baseline", "sft")
 """Methods whose targets are not one-hot."""
 
 

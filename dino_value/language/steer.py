@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dino_value.errors import UserError
 from dino_value.language.answers import rewards
-from dino_value.language.config import SOFT, STEERED, LanguageConfig
+from dino_value.language.config import CLOSED_FORMS, RANDOM, SOFT, STEERED, LanguageConfig
 from dino_value.language.designer import TokenDesigner
 from dino_value.language.downstream import answer_gradient, full_precision, look_ahead, token_losses
 from dino_value.language.generate import generate
@@ -227,8 +227,8 @@ class Steer:
             self.designer_optimizer = torch.optim.AdamW(
                 self.designer.parameters(), lr=d.lr, weight_decay=0.0, fused=True
             )
-        if config.method == "closed_form" and _head_in_scope(learner):
-            raise UserError("method=closed_form needs a scope without the output head; choose value.scope.blocks")
+        if config.method in CLOSED_FORMS and _head_in_scope(learner):
+            raise UserError(f"method={config.method} needs a scope without the output head; choose value.scope.blocks")
         self.feedback: dict[str, ExampleSet] = {}
         self.meta: dict[str, TextStream] = {}
         if config.method in STEERED:
@@ -407,7 +407,7 @@ class Steer:
         else:
             gradient, loss = answer_gradient(self.learner, examples.batch(number).to(self.device), config.targets.chunk)
             found = {"feedback_loss": loss}
-        if config.method == "random":
+        if config.method in RANDOM:
             gradient = random_like(gradient, generator(config.seed, "random direction", domain, number))
         return gradient, found
 
@@ -425,7 +425,8 @@ class Steer:
 
         def shadow(examples: ExampleSet) -> Shadow:
             batches = [examples.batch(index).to(self.device) for index in numbers]
-            return look_ahead(self.learner, batches, settings.steps, lr, settings.optimizer, chunk)
+            with refusing("value.lookahead"):
+                return look_ahead(self.learner, batches, settings.steps, lr, settings.optimizer, chunk)
 
         u, before, after = shadow(examples)
         if settings.contrast:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino_value.errors import UserError
 from dino_value.language.text import Encoder, Example, Source, Tokens, example, place
-from dino_value.seeds import generator
+from dino_value.seeds import exchange, generator
 
 IGNORED = -100
 """The label of a position that does not count."""
@@ -293,10 +293,10 @@ class ExampleSet:
                 f"{self.name}: answers are to be exchanged (feedback.shuffle, value.lookahead.contrast) among "
                 f"{len(places)} prompts; give more examples with prompts, or a larger feedback.batch_size"
             )
-        order = [places[index] for index in torch.randperm(len(places), generator=drawn).tolist()]
+        donors = [places[index] for index in exchange(len(places), drawn)]
         other = copy.copy(self)
         other.examples, other.tokens = list(self.examples), list(self.tokens)
-        for own, donor in zip(order, order[1:] + order[:1], strict=True):  # one cycle: nobody keeps their answer
+        for own, donor in zip(places, donors, strict=True):
             other.examples[own] = self.examples[own]._replace(answer=self.examples[donor].answer)
             ids, counted = self.encoder.encode(other.examples[own])
             other.tokens[own] = Tokens(ids[: self.length], counted[: self.length])

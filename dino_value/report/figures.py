@@ -124,10 +124,17 @@ _CURVES = {
     "g_pre_norm": "Norm of g_pre",
     "loss_seg": "Segmentation head's loss",
     "loss_depth": "Depth head's loss",
+    "loss_classes": "Class head's loss",
+    "plain_value": "⟨u, g_pre⟩ with plain targets",
+    "moved_value": "⟨u, g_pre⟩ with moved targets",
+    "best_value": "⟨u, g_pre⟩ at best, of any targets",
+    "target_kl_dino": "KL of moved targets, DINO (nats)",
+    "target_kl_ibot": "KL of moved targets, iBOT (nats)",
+    "target_kl_ijepa": "KL of moved targets, I-JEPA (nats)",
     "teacher_entropy": "Teacher's entropy (nats)",
     "images_per_second": "Images per second",
 }
-_SIGNED = ("value", "cosine")  # a line at zero tells helping from hurting
+_SIGNED = ("value", "cosine", "plain_value", "moved_value", "best_value")  # a line at zero tells helping from hurting
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -190,8 +197,12 @@ def curves_figure(
     *,
     name: str = "curves",
     title: str = "Training curves",
+    headings: Mapping[str, str] | None = None,
 ) -> Figure:
-    """A panel for each of ``keys`` that some run has logged; ``runs``: arm -> run folders, one a seed."""
+    """A panel for each of ``keys`` that some run has logged; ``runs``: arm -> run folders, one a seed. ``headings``: of
+    keys that mean something else in these runs than they do by default.
+    """
+    named = {**_CURVES, **(headings or {})}
     order = order_arms(runs)
     records = {arm: [read_metrics(run) for run in runs[arm]] for arm in order}
     panels = []
@@ -199,7 +210,7 @@ def curves_figure(
         curves = {arm: [c for c in (series(r, key) for r in records[arm]) if c[0].size] for arm in order}
         curves = {arm: found for arm, found in curves.items() if found}
         if curves:
-            heading = _CURVES.get(key, key.replace("_", " "))
+            heading = named.get(key, key.replace("_", " "))
             panels.append(Panel(key, _curves_png(heading, curves, signed=key in _SIGNED), _curves_alt(heading, curves)))
     seeds = max((len(found) for found in records.values()), default=0)
     spread = "the band reaches from the lowest to the highest seed" if seeds > 1 else "one seed, so no spread is shown"

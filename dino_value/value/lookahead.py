@@ -57,7 +57,7 @@ def lookahead(
         optimizer: `adamw` or `sgd`, from its first step: nothing is carried over between calls.
 
     Raises:
-        ValueError: no loss, or another optimizer.
+        ValueError: no loss, another optimizer, or a rate whose steps are no float32.
     """
     if not losses:
         raise ValueError("a lookahead of no step: give at least one loss")
@@ -77,7 +77,12 @@ def lookahead(
             descent.zero_grad()
             loss = loss_of(moved)
             loss.backward(inputs=[*shadow, *heads])
-            descent.step()
+            try:
+                descent.step()
+            except RuntimeError as error:
+                if "overflow" not in str(error):
+                    raise
+                raise ValueError(f"it overflowed at a rate of {lr:g}; lower value.lookahead.lr") from None
             before = loss.detach() if before is None else before
     assert before is not None
     with torch.no_grad():

@@ -166,7 +166,7 @@ def test_an_update_leaves_the_learner_and_its_optimizer(tiny: Tiny, method: str,
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("value", AHEAD), ("closed_form", CONTRAST), ("random", AHEAD), ("closed_form", (*CONTRAST, *LORA))],
+    [("value", AHEAD), ("closed_form", CONTRAST), ("random", AHEAD), ("random_closed_form", (*CONTRAST, *LORA))],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(tiny: Tiny, method: str, options: tuple[str, ...]) -> None:
     config = tiny(f"method={method}", *options)
@@ -181,8 +181,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny: Tiny, method: str, options: tup
     assert equal({**whole, "seconds": 0}, {**load_checkpoint(folder, "learner"), "seconds": 0})
 
 
-def test_a_random_direction_has_its_norms_and_is_kept_as_long(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, list[list[Tensor]]] = {"value": [], "random": []}
+@pytest.mark.parametrize("methods", [("value", "random"), ("closed_form", "random_closed_form")])
+def test_a_random_direction_has_its_norms_and_is_kept_as_long(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, methods: tuple[str, str]
+) -> None:
+    seen: dict[str, list[list[Tensor]]] = {method: [] for method in methods}
     real = Steer.downstream
 
     def noting(steer: Steer, domain: str, number: int) -> Any:
@@ -192,12 +195,15 @@ def test_a_random_direction_has_its_norms_and_is_kept_as_long(tiny: Tiny, monkey
 
     monkeypatch.setattr(Steer, "downstream", noting)
     for method in seen:
-        steered(tiny(f"method={method}", *AHEAD, "targets.alpha_max=0"), 5)  # so that the learners stay the same
-    assert len(seen["value"]) == len(seen["random"]) == 3  # each from one update to the next
+        _, steer = steered(tiny(f"method={method}", *AHEAD, "targets.alpha_max=0"), 5)  # the learners stay the same
+        if "closed_form" in method:
+            assert steer.direction is not None
+            assert equal(seen[method][-1], steer.direction)
+    assert [len(part) for part in seen.values()] == [3, 3]  # each from one update to the next
     for true, random in zip(*seen.values(), strict=True):
         assert torch.allclose(torch.stack(torch._foreach_norm(true)), torch.stack(torch._foreach_norm(random)))
         assert abs(inner(true, random)) < 0.2 * norm(true) * norm(random)
-    first, second, _ = seen["random"]
+    first, second, _ = seen[methods[1]]
     assert abs(inner(first, second)) < 0.2 * norm(first) * norm(second)
 
 
@@ -273,6 +279,12 @@ def test_one_that_is_not_finite_is_refused(tiny: Tiny, method: str) -> None:
     assert "\n" not in str(error.value)
     assert equal(kept, run.state_dict()["learner"])
     assert all(value.requires_grad for value in run.learner.trained().values())
+
+
+def test_a_rate_that_overflows_is_refused(tiny: Tiny) -> None:
+    run, _ = steered(tiny("method=value", *AHEAD, "value.lookahead.lr=1e38", "value.burn_in=1"), 1)
+    with pytest.raises(UserError, match=r"^value\.lookahead: it overflowed at a rate of 1e\+38; lower value\.look"):
+        run.learner_update()
 
 
 REFUSED = [
