@@ -475,7 +475,7 @@ def test_theta_steps_on_the_self_supervised_loss_to_constant_moved_targets(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     """The gradient of the step, against autograd through the whole student."""
-    run = steps(Run(tiny(*TARGETS, *AHEAD, *overrides, "optim.clip=inf")), 1)
+    run = steps(Run(tiny(*TARGETS, *AHEAD, *overrides, "optim.clip=inf", "designer.strength=null")), 1)
     student, kept = copy.deepcopy(run.student), {}
     states, move = run.loss.states, run.loss.move
 
@@ -905,9 +905,12 @@ def test_a_change_that_is_not_finite_ends_the_run(tiny: Make) -> None:
     [
         (["designer.kl=-0.1"], r"designer\.kl=-0\.1: must be at least 0; 0 leaves the targets as they are"),
         (["designer.strength=-1"], r"designer\.strength=-1\.0: must be at least 0"),
-        ([*TARGETS, "designer.kl=null"], r"designer\.name=targets needs a bound or a strength: give designer\.kl"),
-        (["designer=random_targets", "designer.kl=null"], r"needs a bound or a strength"),
-        (["designer=unet+targets", "designer.kl=null"], r"needs a bound or a strength"),
+        (
+            [*TARGETS, "designer.kl=null", "designer.strength=null"],
+            r"designer\.name=targets needs a bound or a strength: give designer\.kl",
+        ),
+        (["designer=random_targets", "designer.kl=null", "designer.strength=null"], r"needs a bound or a strength"),
+        (["designer=unet+targets", "designer.kl=null", "designer.strength=null"], r"needs a bound or a strength"),
         ([*TARGETS, "designer.kl=.inf"], r"designer\.kl=inf: must be finite"),
         ([*AHEAD, "value.combine=normalised"], r"value\.combine=normalised .* choose value\.combine=weights"),
         (["value.direction=adam", "value.burn_in=19"], r"set value\.burn_in to 20 or more"),
@@ -934,8 +937,8 @@ def test_settings_that_cannot_work(tiny: Make, overrides: list[str], message: st
 
 def test_settings_that_others_do_not_need(tiny: Make) -> None:
     """A bound for targets that do not move, and Adam's burn-in without labels."""
-    tiny("designer=weights", "designer.kl=null")
-    tiny("method=baseline", "designer=targets", "designer.kl=null", "value.direction=adam")
+    tiny("designer=weights", "designer.kl=null", "designer.strength=null")
+    tiny("method=baseline", "designer=targets", "designer.kl=null", "designer.strength=null", "value.direction=adam")
     tiny("value.direction=adam", "value.burn_in=20")
 
 
