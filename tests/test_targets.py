@@ -33,6 +33,7 @@ Make = Callable[..., Config]
 
 TARGETS = ["designer=targets"]
 AHEAD = ["value.direction=lookahead", "value.lookahead.steps=3"]
+UNBOUND = ["designer.kl=null", "designer.strength=null"]
 GRID = ["views.global_size=32"]
 IBOT = [*GRID, "objective.ibot.weight=1"]
 IJEPA = [*GRID, "views.local_count=0", "objective.name=ijepa", "objective.ijepa.context_least=1"]
@@ -909,8 +910,8 @@ def test_a_change_that_is_not_finite_ends_the_run(tiny: Make) -> None:
             [*TARGETS, "designer.kl=null", "designer.strength=null"],
             r"designer\.name=targets needs a bound or a strength: give designer\.kl",
         ),
-        (["designer=random_targets", "designer.kl=null", "designer.strength=null"], r"needs a bound or a strength"),
-        (["designer=unet+targets", "designer.kl=null", "designer.strength=null"], r"needs a bound or a strength"),
+        (["designer=random_targets", *UNBOUND], r"needs a bound or a strength"),
+        (["designer=unet+targets", *UNBOUND], r"needs a bound or a strength"),
         ([*TARGETS, "designer.kl=.inf"], r"designer\.kl=inf: must be finite"),
         ([*AHEAD, "value.combine=normalised"], r"value\.combine=normalised .* choose value\.combine=weights"),
         (["value.direction=adam", "value.burn_in=19"], r"set value\.burn_in to 20 or more"),
