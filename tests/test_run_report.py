@@ -163,7 +163,7 @@ def test_moved_targets_and_labels_are_called_what_they_are(tiny: Make, tmp_path:
     ):
         assert title in page
     shown = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
-    expected = {"designer.kl": "0.2", "designer.strength": "null", "value.lookahead.steps": "2"}
+    expected = {"designer.kl": "0.2", "designer.strength": "2.0", "value.lookahead.steps": "2"}
     expected |= {
         "value.lookahead.lr": "0.001",
         "value.lookahead.optimizer": "adamw",
