@@ -27,7 +27,10 @@ DELEGATED = {
     "launch": ("dino_value.slurm.launch", "train or evaluate as a job, on SLURM or in processes here"),
     "jobs": ("dino_value.slurm.jobs", "the launched jobs: state, last metrics, end of the log"),
     "sweep": ("dino_value.sweep.command", "search settings by evaluation results (Optuna); goes on after any stop"),
-    "pareto": ("dino_value.pareto", "runs and sweeps in the plane of two metrics: frontier, hypervolume, figure"),
+    "pareto": (
+        "dino_value.studies.pareto",
+        "runs and sweeps in the plane of two metrics: front, hypervolume, figure",
+    ),
 }
 PAIRS = 3  # of halves of the labels
 CHECK_LAYOUTS = ("auto", "ade20k", "nyuv2", "imagefolder", "revisited", "images")
@@ -176,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    from dino_value.quickstart import quickstart
+    from dino_value.studies.quickstart import quickstart
 
     quickstart(arguments.out, arguments.seeds, arguments.steps)
     return EXIT_DONE
@@ -184,7 +187,7 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from dino_value.config import load_config
-    from dino_value.train import train
+    from dino_value.training.trainer import train
 
     config = load_config(arguments.config, arguments.overrides)
     evaluate = _evaluations(config)
@@ -208,7 +211,7 @@ def _evaluations(config: Config) -> Callable[[Path], str] | None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from dino_value.compare import compare, load_spec, print_claims, write_page
+    from dino_value.studies.compare import compare, load_spec, print_claims, write_page
 
     if arguments.jobs < 1:
         raise UserError(f"--jobs {arguments.jobs}: at least one")
@@ -226,7 +229,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from dino_value.run_report import report_runs
+    from dino_value.report.runs import report_runs
 
     default = arguments.runs[0] / "report.html" if len(arguments.runs) == 1 else Path("runs.html")
     print(report_runs(arguments.runs, arguments.out or default))
@@ -237,8 +240,8 @@ def _probe(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from dino_value.files import write_json
-    from dino_value.probe import Probed, probe_run
     from dino_value.report.terminal import probe_table
+    from dino_value.studies.probe import Probed, probe_run
 
     if arguments.agreement:
         return _probe_start(arguments)
@@ -274,8 +277,8 @@ def _probe_start(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from dino_value.files import write_json
-    from dino_value.probe import probe_start
     from dino_value.report.terminal import agreement_table
+    from dino_value.studies.probe import probe_start
 
     pairs = PAIRS if arguments.pairs is None else arguments.pairs
     if pairs < 1:
@@ -305,14 +308,14 @@ def _probe_start(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from dino_value.replay import print_replay, replay
+    from dino_value.studies.replay import print_replay, replay
 
     print_replay(replay(arguments.file, arguments.overrides))
     return EXIT_DONE
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dino_value.export import export
+    from dino_value.export.command import export
 
     written = export(arguments.run, arguments.format, arguments.out, arguments.model)
     print(written.folder)

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dino_value.backbones import Backbone
 from dino_value.data.labelled import IGNORE, Kind, LabelledSource, class_of, few_labels
 from dino_value.errors import UserError
 from dino_value.eval.output import format_size
+from dino_value.models.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from dino_value.arguments import Parser
-from dino_value.backbones import Backbone, load_backbone
 from dino_value.config import load_section
 from dino_value.data.check import other_place
 from dino_value.data.conventions import Conventions, conventions, using
@@ -23,9 +22,10 @@ from dino_value.data.layouts import Layout, open_labelled
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
 from dino_value.eval import EVALUATIONS, intervals, output
 from dino_value.eval.base import NOT_SETTINGS, Evaluation, HeadOptions, Options, pick_device, timed, use_bfloat16
-from dino_value.linear import choose_matmul, use_onednn
-from dino_value.track import environment
-from dino_value.weights import Reading
+from dino_value.models.backbone import Backbone, load_backbone
+from dino_value.models.linear import choose_matmul, use_onednn
+from dino_value.models.weights import Reading
+from dino_value.runs.metrics import environment
 
 Pair = tuple[LabelledSource, LabelledSource]
 SHOWN = 5

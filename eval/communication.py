@@ -25,15 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_value.arguments import Parser
-from dino_value.backbones import create_backbone
 from dino_value.config import Config, load_config
 from dino_value.designers import DESIGNERS
 from dino_value.errors import EXIT_DONE
 from dino_value.eval import common
 from dino_value.files import write_json
+from dino_value.models.backbone import create_backbone
 from dino_value.objectives.dino import DINOHead
-from dino_value.steer import open_scope
-from dino_value.train import Run
+from dino_value.training.designer_update import open_scope
+from dino_value.training.trainer import Run
 
 SMALL = [
     *("out=unused", "data.unlabeled=scenes", "data.ade20k=scenes", "data.nyuv2=scenes", "data.in_memory=true"),

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_value.backbones import Backbone
 from dino_value.data.labelled import LabelledSource
 from dino_value.errors import UserError
 from dino_value.eval import command, common, intervals
 from dino_value.eval.seg import read_map
 from dino_value.heads import LinearBNDepthHead, build_head, depth_loss
+from dino_value.models.backbone import Backbone
 
 HEADS = {"linear": "depth_linear"}
 SUSPICIOUS_MEAN = 100.0

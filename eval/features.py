@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino_value.backbones import Backbone, Features
 from dino_value.data.labelled import LabelledDataset, LabelledSource
 from dino_value.errors import UserError
 from dino_value.eval.base import HeadOptions, Options, pick_device, use_bfloat16
-from dino_value.track import follow
+from dino_value.models.backbone import Backbone, Features
+from dino_value.runs.metrics import follow
 
 Reader = Callable[[Features], Tensor]
 """What a head reads of a backbone's features: a map [B D h w] or a vector [B D]."""

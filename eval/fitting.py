@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_value.checkpoint import read_state, write_state
 from dino_value.data.labelled import LabelledSource
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval.base import HeadOptions
 from dino_value.eval.features import Items, Memory, shown, training_batches
-from dino_value.process import stop_requests
+from dino_value.runs.checkpoint import read_state, write_state
+from dino_value.runs.process import stop_requests
 
 
 def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_value.backbones import Backbone
 from dino_value.data.labelled import LabelledSource
 from dino_value.errors import UserError
 from dino_value.eval import command, common, intervals
 from dino_value.eval.linear import POOLS, CentreCropped
+from dino_value.models.backbone import Backbone
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_value.backbones import Backbone, Features, Hidden
 from dino_value.data.labelled import LabelledDataset, LabelledSource
 from dino_value.errors import UserError
 from dino_value.eval import command, common, intervals
 from dino_value.heads import LinearBNHead, LinearBNHeads, build_head, classification_loss, heads_loss
+from dino_value.models.backbone import Backbone, Features, Hidden
 
 HEADS = {"linear": "classes_linear"}
 HELD_OUT = 0.1

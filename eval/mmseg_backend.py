@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from dino_value.backbones import Backbone
 from dino_value.data.labelled import LabelledSource
 from dino_value.errors import UserError
 from dino_value.eval import common
 from dino_value.heads import IGNORE
-from dino_value.process import stop_requests
+from dino_value.models.backbone import Backbone
+from dino_value.runs.process import stop_requests
 
 if TYPE_CHECKING:
     from dino_value.eval.seg import SegOptions

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dino_value.backbones import Backbone, Hidden, load_backbone
 from dino_value.data.ade20k import INFO_NAME, read_class_names
 from dino_value.data.folders import read_image
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval.base import use_bfloat16
 from dino_value.heads import IGNORE, LinearBNSegHead, feature_map
+from dino_value.models.backbone import Backbone, Hidden, load_backbone
 
 COMPILED = "mmcv._ext"
 

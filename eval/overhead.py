@@ -44,11 +44,11 @@ from dino_value.eval.benchmarks.timing import (
     within,
     write_data,
 )
-from dino_value.feedback import downstream_gradient
-from dino_value.process import use_bfloat16
-from dino_value.steer import Steer
-from dino_value.steps import SSLTask, constant, evaluating, make_views
-from dino_value.train import Run
+from dino_value.runs.process import use_bfloat16
+from dino_value.training.designer_update import Steer
+from dino_value.training.feedback import downstream_gradient
+from dino_value.training.steps import SSLTask, constant, evaluating, make_views
+from dino_value.training.trainer import Run
 from dino_value.value import (
     DIRECTIONS,
     ENGINES,

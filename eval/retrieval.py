@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_value.backbones import Backbone, Features
 from dino_value.data.conventions import conventions
 from dino_value.data.folders import read_image
 from dino_value.data.labelled import LabelledSource, resize_image
 from dino_value.errors import UserError
 from dino_value.eval import command, common
+from dino_value.models.backbone import Backbone, Features
 
 SETS = ("roxford5k", "rparis6k")
 CUTS = (1, 5, 10)

@@ -24,12 +24,12 @@ from rich.table import Table
 
 from dino_value.arguments import Parser
 from dino_value.config import load_config
+from dino_value.distributed.fsdp import shares
 from dino_value.errors import EXIT_DONE
 from dino_value.eval import common
 from dino_value.eval.communication import BASE, SMALL
 from dino_value.files import write_json
-from dino_value.sharding import shares
-from dino_value.train import Run
+from dino_value.training.trainer import Run
 
 
 class Arm(NamedTuple):

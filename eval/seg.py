@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_value.backbones import Backbone, Features
 from dino_value.data.labelled import LabelledDataset, LabelledSource, resize_image, resize_target
 from dino_value.errors import UserError
 from dino_value.eval import command, common, windows
 from dino_value.heads import IGNORE, build_head, feature_map, segmentation_loss
+from dino_value.models.backbone import Backbone, Features
 
 HEADS = {"linear": "seg_linear", "conv": "seg_conv"}
 BACKENDS = {"own": tuple(HEADS), "mmseg": ("linear", "upernet")}

@@ -29,7 +29,6 @@ from rich.table import Table
 from torchvision import transforms as T
 
 from dino_value.arguments import Parser
-from dino_value.backbones import Backbone, create_backbone
 from dino_value.config import Config, ViewsConfig, load_config
 from dino_value.data.scenes import scenes
 from dino_value.data.views import MemoryViews, augment
@@ -50,9 +49,10 @@ from dino_value.eval.benchmarks.timing import (
     within,
     write_data,
 )
-from dino_value.linear import choose_matmul, linear, use_onednn
-from dino_value.process import bfloat16, choose_device, use_bfloat16
-from dino_value.steps import Views
+from dino_value.models.backbone import Backbone, create_backbone
+from dino_value.models.linear import choose_matmul, linear, use_onednn
+from dino_value.runs.process import bfloat16, choose_device, use_bfloat16
+from dino_value.training.steps import Views
 
 # Constant, so that the loops differ in nothing but the code.
 SETTINGS = (

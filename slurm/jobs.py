@@ -17,8 +17,8 @@ from submitit.core.utils import JobPaths
 
 from dino_value.arguments import Parser
 from dino_value.errors import EXIT_DONE, UserError
+from dino_value.runs.metrics import read_metrics, summary
 from dino_value.slurm.launch import FOLDER
-from dino_value.track import read_metrics, summary
 
 _ANSWER_SECONDS = 20
 

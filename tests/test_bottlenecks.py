@@ -17,18 +17,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dino_value import steer as steer_module
-from dino_value.backbones import Features
 from dino_value.config import Config
 from dino_value.data.labelled import LabelledSource
 from dino_value.data.sampling import generator, key
 from dino_value.designers import fill_in
-from dino_value.feedback import FeedbackTask, downstream_gradient, fit_head
+from dino_value.models.backbone import Features
 from dino_value.objectives.self_distillation import SelfDistillation
-from dino_value.optim import FiniteGuard, cosine_schedule
-from dino_value.steer import Steer
-from dino_value.steps import Views, make_views
-from dino_value.train import Run
+from dino_value.training import designer_update as steer_module
+from dino_value.training.designer_update import Steer
+from dino_value.training.feedback import FeedbackTask, downstream_gradient, fit_head
+from dino_value.training.optim import FiniteGuard, cosine_schedule
+from dino_value.training.steps import Views, make_views
+from dino_value.training.trainer import Run
 
 Make = Callable[..., Config]
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from dino_value import __version__, cli
 from dino_value.arguments import exit_code
-from dino_value.backbones import create_backbone, save_backbone
 from dino_value.config import Config
 from dino_value.errors import EXIT_FAULT
-from dino_value.export import export
-from dino_value.train import Run, train
+from dino_value.export.command import export
+from dino_value.models.backbone import create_backbone, save_backbone
+from dino_value.training.trainer import Run, train
 
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 Refused = Callable[..., str]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dino_value.backbones import create_backbone
 from dino_value.config import CHOICES, MASKS, Config, load_config, save_config
 from dino_value.designers import DESIGNERS
 from dino_value.errors import UserError
 from dino_value.heads import HEADS
+from dino_value.models.backbone import create_backbone
 from dino_value.value import COMBINATIONS, DIRECTIONS, ENGINES
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dino_value.config import Config
 from dino_value.errors import UserError
-from dino_value.train import Run, train
+from dino_value.training.trainer import Run, train
 from dino_value.value import ENGINES
 
 pytestmark = pytest.mark.gpu

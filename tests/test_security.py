@@ -22,7 +22,7 @@ from dino_value.data.revisited import open_revisited
 from dino_value.data.tars import list_members
 from dino_value.errors import UserError
 from dino_value.slurm import launch
-from dino_value.train import train
+from dino_value.training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for room in ("dino_value", "heads", "eval", "slurm", "configs") for path in (ROOT / room).rglob("*.py")]

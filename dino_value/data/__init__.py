@@ -16,8 +16,8 @@ from dino_value.data.folders import PICTURES, list_images, not_read, read_image
 from dino_value.data.pixels import SHALLOW, look_at, remarks, shallow
 from dino_value.data.tars import TarMember, is_shards, list_members
 from dino_value.data.views import FolderViews, MemoryViews, ViewSettings
+from dino_value.distributed.shards import WHOLE, Part
 from dino_value.errors import UserError
-from dino_value.parts import WHOLE, Part
 
 LOOKED_AT = 16
 """Images whose headers are looked at when a stream is opened."""

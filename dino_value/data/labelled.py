@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_value.distributed.shards import WHOLE, Part
 from dino_value.errors import UserError
-from dino_value.parts import WHOLE, Part
 from dino_value.seeds import exchange, generator
 
 Kind = Literal["seg", "depth", "classes"]

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dino_value.distributed.shards import WHOLE, Part
 from dino_value.errors import UserError
-from dino_value.parts import WHOLE, Part
 from dino_value.seeds import generator as generator
 from dino_value.seeds import key as key
 

@@ -33,7 +33,7 @@ from dino_value.data.conventions import Conventions, conventions
 from dino_value.data.folders import read_image
 from dino_value.data.sampling import generator as keyed_generator
 from dino_value.data.sampling import key as derive
-from dino_value.parts import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, Part
 
 
 class ViewSettings(Protocol):

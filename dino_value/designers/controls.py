@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dino_value.parts import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, Part
 
 
 class RandomMasks(nn.Module):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_value.parts import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, Part
 
 
 def fill_in(

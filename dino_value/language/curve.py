@@ -19,7 +19,7 @@ from dino_value.language.config import load_language_config
 from dino_value.report.drawing import DPI, PAPER, arm_styles, to_png
 from dino_value.report.figures import over_seeds
 from dino_value.report.statistics import order_arms
-from dino_value.track import read_metrics
+from dino_value.runs.metrics import read_metrics
 
 Array = NDArray[np.float64]
 

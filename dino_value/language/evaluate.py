@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dino_value.checkpoint import load_checkpoint
 from dino_value.errors import UserError
 from dino_value.language.answers import boxed_answer, choice, equivalent, exact_match, final_answer
 from dino_value.language.config import LanguageConfig, LearnerConfig, load_language_config
@@ -27,7 +26,8 @@ from dino_value.language.omega import Part, instructed, omega_answer, omega_matc
 from dino_value.language.stream import ExampleSet
 from dino_value.language.targets import negative_log_probs
 from dino_value.language.text import Encoder, Example, open_source, read_record, records
-from dino_value.process import bfloat16, choose_device
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.runs.process import bfloat16, choose_device
 from dino_value.seeds import generator, key
 
 LETTERS = "ABCDEFGHIJ"

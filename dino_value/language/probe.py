@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_value.checkpoint import load_checkpoint
 from dino_value.errors import UserError
 from dino_value.language.config import STEERED, load_language_config
 from dino_value.language.downstream import token_losses
@@ -24,7 +23,8 @@ from dino_value.language.steer import Steer, TargetTask, constant
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples
 from dino_value.language.train import Run
-from dino_value.track import follow
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.runs.metrics import follow
 from dino_value.value import (
     Gradient,
     ProbeResult,

@@ -36,9 +36,9 @@ from dino_value.language.targets import (
     uniform,
 )
 from dino_value.language.text import Encoder, Source, Tokens, open_source, read_examples
-from dino_value.optim import FiniteGuard
+from dino_value.runs.metrics import Meters
 from dino_value.seeds import generator, key
-from dino_value.track import Meters
+from dino_value.training.optim import FiniteGuard
 from dino_value.value import (
     DIRECTIONS,
     ENGINES,

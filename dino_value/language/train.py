@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_value.checkpoint import latest_checkpoint, newest_whole, save_checkpoint, tidy
 from dino_value.errors import Interrupted, UserError
 from dino_value.language.config import SOFT, LanguageConfig
 from dino_value.language.evaluate import answer_loss
@@ -27,12 +26,13 @@ from dino_value.language.steer import Steer, check_candidates, open_feedback, op
 from dino_value.language.stream import Batch, ExampleSet, TextStream
 from dino_value.language.targets import next_token, soft_cross_entropy
 from dino_value.language.text import Encoder, read_examples
-from dino_value.optim import FiniteGuard, cosine_schedule
-from dino_value.process import Stops, bfloat16, choose_device, stop_requests
-from dino_value.run_folder import prepare_folder, record_environment
+from dino_value.runs.checkpoint import latest_checkpoint, newest_whole, save_checkpoint, tidy
+from dino_value.runs.folder import prepare_folder, record_environment
+from dino_value.runs.metrics import Meters, MetricsFile, Reporter, environment
+from dino_value.runs.process import Stops, bfloat16, choose_device, stop_requests
+from dino_value.runs.trackers import Trackers, check_trackers
 from dino_value.seeds import key
-from dino_value.track import Meters, MetricsFile, Reporter, environment
-from dino_value.trackers import Trackers, check_trackers
+from dino_value.training.optim import FiniteGuard, cosine_schedule
 
 SCHEDULE = 10_000  # ticks of a schedule over a run
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_value.objectives.collectives import mean, total, world_size
+from dino_value.distributed.collectives import mean, total, world_size
 
 
 class DINOHead(nn.Module):

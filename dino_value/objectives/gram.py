@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_value.objectives.collectives import gather
+from dino_value.distributed.collectives import gather
 
 LEVELS = ("image", "batch")
 NEGATIVES = ("keep", "clip", "clip_teacher")

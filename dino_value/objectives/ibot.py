@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_value.objectives.collectives import total
-from dino_value.parts import Part
+from dino_value.distributed.collectives import total
+from dino_value.distributed.shards import Part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -20,9 +20,9 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dino_value.objectives.collectives import total, world_size
+from dino_value.distributed.collectives import total, world_size
+from dino_value.distributed.shards import WHOLE, Part
 from dino_value.objectives.interface import Hidden, Learner, Mover, Objective, Parts, State
-from dino_value.parts import WHOLE, Part
 
 AnyHidden = TypeVar("AnyHidden", bound=Hidden)
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dino_value.parts import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, Part
 
 
 class Mover(Protocol):
@@ -36,7 +36,7 @@ class Mover(Protocol):
 
 
 class Hidden(Protocol):
-    """A backbone's state between two blocks (`dino_value.backbones.Hidden`)."""
+    """A backbone's state between two blocks (`dino_value.models.backbone.Hidden`)."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -58,7 +58,7 @@ Draw = Any
 
 
 class Learner(Protocol):
-    """A student or teacher (`dino_value.steps.Learner`)."""
+    """A student or teacher (`dino_value.training.steps.Learner`)."""
 
     @property
     def backbone(self) -> Any: ...
@@ -81,7 +81,7 @@ class Objective(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def heads(self, dim: int) -> dict[str, nn.Module]:
-        """New heads for a backbone of width `dim`, by their names in `dino_value.steps.Learner`."""
+        """New heads for a backbone of width `dim`, by their names in `dino_value.training.steps.Learner`."""
 
     @abc.abstractmethod
     def begin(self, step: int, teacher: Learner) -> None:

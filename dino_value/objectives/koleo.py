@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_value.objectives.collectives import gather, world_size
+from dino_value.distributed.collectives import gather, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino_value.objectives.collectives import in_one_piece, mean
+from dino_value.distributed.collectives import in_one_piece, mean
+from dino_value.distributed.shards import WHOLE, Part
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.objectives.gram import gram_loss
 from dino_value.objectives.ibot import IBOTLoss, Masks, MaskToken, block_masks
 from dino_value.objectives.interface import Learner, Mover, Objective, Parts, State
 from dino_value.objectives.koleo import koleo
 from dino_value.objectives.sinkhorn import sinkhorn
-from dino_value.parts import WHOLE, Part
 
 
 class HeadSizes(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dino_value.objectives.collectives import total, world_size
+from dino_value.distributed.collectives import total, world_size
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -11,7 +11,7 @@ from pathlib import Path
 from dino_value.errors import UserError
 from dino_value.sweep.spec import is_named, load_sweep, parse_overrides, read_spec
 from dino_value.sweep.work import measure
-from dino_value.train import train
+from dino_value.training.trainer import train
 
 
 def run_agent(source: str, settings: Sequence[str], out: Path | None = None) -> dict[str, float]:

@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from dino_value.backbones import WEIGHTS_NAME, save_backbone
-from dino_value.checkpoint import latest_checkpoint, load_checkpoint
 from dino_value.config import packaged
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval.command import build_parser, evaluation
 from dino_value.eval.command import main as evaluate
 from dino_value.files import write_json, write_text
-from dino_value.run_folder import prepare_folder
+from dino_value.models.backbone import WEIGHTS_NAME, save_backbone
+from dino_value.runs.checkpoint import latest_checkpoint, load_checkpoint
+from dino_value.runs.folder import prepare_folder
+from dino_value.runs.metrics import duration
 from dino_value.sweep import language
 from dino_value.sweep.claims import Claim, alone
 from dino_value.sweep.spec import Params, Sweep, is_named
-from dino_value.track import duration
-from dino_value.train import Run, train
+from dino_value.training.trainer import Run, train
 
 if TYPE_CHECKING:
     import optuna

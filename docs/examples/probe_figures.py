@@ -19,8 +19,8 @@ import numpy as np
 
 from dino_value.config import load_config
 from dino_value.files import write_bytes, write_json
-from dino_value.probe import Probed, probe_run
 from dino_value.report.drawing import INK, new_axes, to_png
+from dino_value.studies.probe import Probed, probe_run
 
 BATCHES, SCALES = (8, 32, 64), (0.01, 1.0, 10.0)
 CURVES = {

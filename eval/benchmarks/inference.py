@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_value.backbones import Backbone
 from dino_value.data.labelled import IGNORE, LabelledTensors
 from dino_value.data.scenes import scenes
 from dino_value.eval import common, linear, seg
 from dino_value.eval.benchmarks.timing import CLASSES, Case
 from dino_value.heads import build_head
+from dino_value.models.backbone import Backbone
 
 EPOCHS = 20
 NAMES = [str(number) for number in range(CLASSES)]

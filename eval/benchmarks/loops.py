@@ -32,15 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_value import train
-from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config, packaged
 from dino_value.errors import UserError
 from dino_value.eval.benchmarks.timing import give_back_memory, spread, timed
 from dino_value.objectives.dino import DINOHead
-from dino_value.optim import parameter_groups
-from dino_value.process import choose_device
-from dino_value.steps import Views
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.runs.process import choose_device
+from dino_value.training import trainer as train
+from dino_value.training.optim import parameter_groups
+from dino_value.training.steps import Views
 
 END = "end"
 START = "spawn"

@@ -17,8 +17,8 @@ from dino_value.data.labelled import Subset
 from dino_value.data.layouts import open_labelled
 from dino_value.data.sampling import Stream
 from dino_value.errors import UserError
-from dino_value.track import read_metrics
-from dino_value.train import train
+from dino_value.runs.metrics import read_metrics
+from dino_value.training.trainer import train
 
 SETTINGS = ViewsConfig(global_size=16, local_size=8, local_count=2)
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import command, common, depth, fitting, linear, seg
-from dino_value.weight_files import with_checksum
+from dino_value.models.backbone import Backbone, create_backbone, save_backbone
+from dino_value.models.weight_files import with_checksum
 
 SIZE = (32, 32)
 COLOURS = torch.tensor([[230, 30, 30], [30, 230, 30], [30, 30, 230], [230, 230, 30]], dtype=torch.uint8)

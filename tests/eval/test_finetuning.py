@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dino_value import cli
-from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import Kept, LabelledTensors, Subset, few_labels
 from dino_value.data.scenes import labelled
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import common, depth, fitting, linear, seg
+from dino_value.models.backbone import Backbone, create_backbone, save_backbone
 
 SIZE = (32, 32)
 SEG = seg.SegOptions(size=SIZE, steps=30, batch=8, lr=1e-2, inference="whole", device="cpu")

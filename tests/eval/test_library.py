@@ -17,11 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_value import cli
-from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import LabelledTensors, readable
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import EVALUATIONS, command, common, depth, fitting, intervals, knn, linear, output, seg
 from dino_value.heads import LinearBNHead, LinearBNHeads, classification_loss, heads_loss
+from dino_value.models.backbone import Backbone, create_backbone, save_backbone
 
 SIZE = (32, 32)
 NAMES = ["a", "b", "c"]

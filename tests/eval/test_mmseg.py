@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_value.backbones import Backbone, create_backbone, save_backbone
 from dino_value.data.labelled import LabelledSource, LabelledTensors, Subset
 from dino_value.data.layouts import open_labelled
 from dino_value.errors import Interrupted, UserError
 from dino_value.eval import common, mmseg_backend, seg
 from dino_value.heads import IGNORE, LinearBNSegHead
+from dino_value.models.backbone import Backbone, create_backbone, save_backbone
 
 NAMES = ["red", "green", "blue", "yellow"]
 COLOURS = np.array([[0, 0, 0], [230, 30, 30], [30, 230, 30], [30, 30, 230], [230, 230, 30]], dtype=np.uint8)

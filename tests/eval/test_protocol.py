@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dino_value.backbones import Backbone, create_backbone
 from dino_value.eval import EVALUATIONS, command, common, features, linear, seg
 from dino_value.eval.base import use_bfloat16
+from dino_value.models.backbone import Backbone, create_backbone
 
 LINEAR = linear.LinearOptions(size=(32, 32), device="cpu")
 

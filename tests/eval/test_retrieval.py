@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_value.backbones import Backbone, create_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import UserError
 from dino_value.eval import retrieval
 from dino_value.eval.retrieval import Relevance, class_gallery, rank, ranking_metrics, revisited_gallery
+from dino_value.models.backbone import Backbone, create_backbone
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 OPTIONS = retrieval.RetrievalOptions(size=(32, 32), device="cpu")

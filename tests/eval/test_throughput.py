@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from dino_value.backbones import create_backbone
 from dino_value.errors import UserError
 from dino_value.eval import throughput
 from dino_value.eval.benchmarks import inference, loops, timing
 from dino_value.eval.throughput import Target
+from dino_value.models.backbone import create_backbone
 
 TINY = ["--tiny", "--batch=4", "--repeats=3", "--device=cpu", "--precision=fp32", "--best=backbone.attention=math"]
 peer = pytest.mark.skipif(importlib.util.find_spec("lightly") is None, reason="lightly is not installed")

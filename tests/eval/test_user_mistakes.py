@@ -19,8 +19,8 @@ from scipy.io import savemat
 
 from dino_value import cli
 from dino_value.arguments import exit_code
-from dino_value.backbones import create_backbone, save_backbone
 from dino_value.data import nyuv2
+from dino_value.models.backbone import create_backbone, save_backbone
 
 SIZE = 32
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
 
-from dino_value.backbones import Backbone, Features, create_backbone
 from dino_value.data.labelled import LabelledTensors
 from dino_value.errors import UserError
 from dino_value.eval import common, seg, windows
 from dino_value.eval.benchmarks import timing
+from dino_value.models.backbone import Backbone, Features, create_backbone
 
 OPTIONS = seg.SegOptions(size=(32, 32), steps=2, batch=4, lr=1e-2, device="cpu")
 NAMES = ["a", "b", "c", "d", "e"]

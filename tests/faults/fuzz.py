@@ -33,8 +33,6 @@ from omegaconf import OmegaConf
 from PIL import Image
 from scipy.io import savemat
 
-from dino_value.backbones import create_backbone, load_backbone, load_weights, save_backbone
-from dino_value.checkpoint import load_checkpoint, read_state, write_state
 from dino_value.config import Config, load_config
 from dino_value.data.ade20k import ADE20K
 from dino_value.data.folders import read_depth, read_image, read_labels
@@ -42,9 +40,11 @@ from dino_value.data.nyuv2 import NYUFolder, NYUv2
 from dino_value.data.revisited import open_revisited
 from dino_value.data.tars import list_members
 from dino_value.errors import UserError
-from dino_value.replay_file import read_replay
-from dino_value.run_folder import prepare_folder, record_environment
-from dino_value.track import MetricsFile
+from dino_value.models.backbone import create_backbone, load_backbone, load_weights, save_backbone
+from dino_value.runs.checkpoint import load_checkpoint, read_state, write_state
+from dino_value.runs.folder import prepare_folder, record_environment
+from dino_value.runs.metrics import MetricsFile
+from dino_value.training.replay_file import read_replay
 
 SECONDS = 20  # for one file: none may hang
 MEMORY = 3 << 30  # above what the process has: none may take all

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from dino_value import cli
-from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config
 from dino_value.errors import UserError
-from dino_value.train import Run, train
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.training.trainer import Run, train
 
 Make = Callable[..., Config]
 
@@ -61,7 +61,7 @@ def test_a_disk_of_8_mb(tiny_yaml: Path, tmp_path: Path) -> None:
         pytest.skip("this user may not mount a tmpfs")
     train_here = [sys.executable, "-m", "dino_value.cli", "train", str(tiny_yaml), f"out={place / 'run'}"]
     train_here += ["method=baseline", "steps=400", "checkpoint.every=1", "checkpoint.keep=400", "--quiet"]
-    look = f'{sys.executable} -c "import sys; from dino_value.checkpoint import load_checkpoint as l; '
+    look = f'{sys.executable} -c "import sys; from dino_value.runs.checkpoint import load_checkpoint as l; '
     look += f'print(len(l(sys.argv[1])))" {place / "run"}; ls -A {place / "run"}'
     command = [*mounted, "sh", "-c", f"{' '.join(train_here)}; echo code $?; {look}"]
     done = subprocess.run(

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dino_value.checkpoint import load_checkpoint
-from dino_value.track import read_metrics
-from dino_value.weight_files import read_header
+from dino_value.models.weight_files import read_header
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.runs.metrics import read_metrics
 
 KILLS = int(os.environ.get("DINO_VALUE_KILLS", "12"))
 TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")

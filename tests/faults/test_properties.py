@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from dino_value.checkpoint import read_state, snapshot, write_state
 from dino_value.config import Config, _all_keys, load_config, save_config
 from dino_value.data.folders import read_depth, read_image, read_labels
 from dino_value.data.matlab import read_arrays
 from dino_value.data.nyuv2 import valid_depth
 from dino_value.errors import UserError
-from dino_value.train import Run
+from dino_value.runs.checkpoint import read_state, snapshot, write_state
+from dino_value.training.trainer import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File")
 

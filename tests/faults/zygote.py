@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
-from dino_value import backbones, cli
-from dino_value.track import MetricsFile
-from dino_value.train import Run
+from dino_value import cli
+from dino_value.models import backbone as backbones
+from dino_value.runs.metrics import MetricsFile
+from dino_value.training.trainer import Run
 
 
 def kill_at(count: int) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_value.checkpoint import load_checkpoint
 from dino_value.errors import UserError
 from dino_value.language import steer as steer_module
 from dino_value.language.config import LanguageConfig
@@ -25,7 +24,8 @@ from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples
 from dino_value.language.train import Run, train
 from dino_value.language.value_map import map_run
-from dino_value.track import read_metrics
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.runs.metrics import read_metrics
 from dino_value.value import Shadow, inner, norm, pre_gradient, tilt
 
 Tiny = Callable[..., LanguageConfig]

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_value.checkpoint import load_checkpoint
 from dino_value.errors import UserError
 from dino_value.language.config import METHODS, LanguageConfig, load_language_config
 from dino_value.language.learner import available_memory, memory_needed
 from dino_value.language.train import Run, train
-from dino_value.track import read_metrics
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.runs.metrics import read_metrics
 
 TIMING = ("tokens_per_second", "seconds")
 

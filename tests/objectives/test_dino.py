@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_value.objectives.dino import DINOHead, DINOLoss
-from dino_value.optim import linear_schedule
+from dino_value.training.optim import linear_schedule
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 

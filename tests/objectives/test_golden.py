@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dino_value.config import load_config
-from dino_value.train import Run
+from dino_value.training.trainer import Run
 
 CONFIG = """
 method: baseline

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_value.backbones import create_backbone
+from dino_value.models.backbone import create_backbone
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.objectives.ibot import IBOTLoss, Masks, MaskToken, block_mask, block_masks
 from dino_value.objectives.sinkhorn import sinkhorn

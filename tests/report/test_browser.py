@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dino_value.compare import compare, load_spec, write_page
 from dino_value.config import Config
 from dino_value.files import write_text
+from dino_value.report.runs import report_runs
 from dino_value.report.statistics import metric_of, summarise
-from dino_value.run_report import report_runs
-from dino_value.train import train
+from dino_value.studies.compare import compare, load_spec, write_page
+from dino_value.training.trainer import train
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

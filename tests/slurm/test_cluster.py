@@ -16,13 +16,13 @@ import pytest
 import submitit
 import torch
 
-from dino_value.checkpoint import load_checkpoint
 from dino_value.config import Config
 from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
+from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.runs.metrics import read_metrics
 from dino_value.slurm.jobs import describe, read_records
 from dino_value.slurm.launch import Resources, submit
-from dino_value.track import read_metrics
-from dino_value.train import train
+from dino_value.training.trainer import train
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -8,9 +8,9 @@ import pytest
 
 from dino_value.cli import main as dino_value
 from dino_value.errors import EXIT_DONE, EXIT_USER, UserError
+from dino_value.runs.metrics import read_metrics
 from dino_value.slurm import evaluations
 from dino_value.slurm.jobs import describe, read_records
-from dino_value.track import read_metrics
 
 DEPTH = "depth --data scenes --size 48 --steps 2 --batch 4 --workers 0"
 

@@ -15,7 +15,7 @@ import submitit
 from dino_value.arguments import exit_code
 from dino_value.cli import main as dino_value
 from dino_value.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, UserError
-from dino_value.process import stop_requests
+from dino_value.runs.process import stop_requests
 from dino_value.slurm import jobs, launch, snapshot
 
 Entry = Callable[[list[str]], int]

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from dino_value.backbones import Backbone, create_backbone
+from dino_value.models.backbone import Backbone, create_backbone
 from dino_value.value import last_blocks, matching
 from dino_value.value.scope import everything
 

@@ -1,0 +1,1 @@
+"""Weights out: timm, transformers and torch.hub, with a model card."""
