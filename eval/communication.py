@@ -33,7 +33,7 @@ from dino_value.files import write_json
 from dino_value.models.backbone import create_backbone
 from dino_value.objectives.dino import DINOHead
 from dino_value.training.designer_update import open_scope
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 SMALL = [
     *("out=unused", "data.unlabeled=scenes", "data.ade20k=scenes", "data.nyuv2=scenes", "data.in_memory=true"),
@@ -264,7 +264,7 @@ def show_reduction(whole: nn.Module) -> None:
 def _child(rank: int, overrides: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    run = Run(load_config(BASE, overrides))
+    run = Trainer(load_config(BASE, overrides))
     batches = run.stream.iterate(0, 2)
     run.learner_update(*next(batches))  # the first update checks its engine
     assert run.steer is not None

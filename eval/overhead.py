@@ -45,10 +45,10 @@ from dino_value.eval.benchmarks.timing import (
     write_data,
 )
 from dino_value.runs.process import use_bfloat16
-from dino_value.training.designer_update import Steer
+from dino_value.training.designer_update import DesignerUpdate
 from dino_value.training.feedback import downstream_gradient
 from dino_value.training.steps import SSLTask, constant, evaluating, make_views
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 from dino_value.value import (
     DIRECTIONS,
     ENGINES,
@@ -197,13 +197,15 @@ class Vision:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         open_run = functools.partial(configure, options, folder)
-        self.plain, self.steered = Run(open_run("method=baseline")), Run(open_run())
+        self.plain, self.steered = Trainer(open_run("method=baseline")), Trainer(open_run())
         self.batch = self.plain.stream.batch(0)
         for run in (self.plain, self.steered):
             run.learner_update(*self.batch)  # AdamW makes its state; φ has its first update, the engine is checked
         self.device, self.temperature = self.plain.device, self.plain.teacher_temperature()
         strides = {options.stride: self.steered}
-        strides |= {stride: Run(open_run(f"designer.stride={stride}")) for stride in STRIDES if stride not in strides}
+        strides |= {
+            stride: Trainer(open_run(f"designer.stride={stride}")) for stride in STRIDES if stride not in strides
+        }
         self.steer = self._steer(self.steered)
         self.views = make_views(
             self.steered.student.backbone,
@@ -215,11 +217,11 @@ class Vision:
             0,
         )
         self.designers = {stride: self._steer(run) for stride, run in sorted(strides.items())}
-        self.weighted = Run(open_run("designer=weights"))
-        self.moved = Run(open_run("designer=targets", "value.direction=lookahead", "feedback.lag_every=0"))
+        self.weighted = Trainer(open_run("designer=weights"))
+        self.moved = Trainer(open_run("designer=targets", "value.direction=lookahead", "feedback.lag_every=0"))
 
     @staticmethod
-    def _steer(run: Run) -> Steer:
+    def _steer(run: Trainer) -> DesignerUpdate:
         assert run.steer is not None
         return run.steer
 
@@ -263,7 +265,7 @@ class Vision:
         self.plain.optimizer.zero_grad()  # so that the gradients count as the step's
         return lambda: self.plain.learner_update(*self.batch)
 
-    def _design(self, steer: Steer) -> None:
+    def _design(self, steer: DesignerUpdate) -> None:
         with self.steered.autocast():
             steer.learned_views(self.views, 1)
 
@@ -340,7 +342,7 @@ class Vision:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """As in `Steer.update`."""
+        """As in `DesignerUpdate.update`."""
         self.steered.student.eval()
         with self.steered.autocast():
             yield

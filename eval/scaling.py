@@ -29,7 +29,7 @@ from dino_value.errors import EXIT_DONE
 from dino_value.eval import common
 from dino_value.eval.communication import BASE, SMALL
 from dino_value.files import write_json
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 
 class Arm(NamedTuple):
@@ -50,7 +50,7 @@ DEFAULTS = [
 ]
 
 
-def held(run: Run) -> int:
+def held(run: Trainer) -> int:
     """Bytes that a process keeps between steps: its parameters, gradients, moments and moving averages."""
     parameters = [*run.student.parameters(), *run.teacher.parameters()]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -75,7 +75,7 @@ def _work(arm: Arm, rank: int, overrides: list[str], folder: str, orders: Connec
     torch.set_flush_denormal(True)
     if arm.processes > 1:
         dist.init_process_group("gloo", f"file://{folder}/{arm}", rank=rank, world_size=arm.processes)
-    run = Run(load_config(BASE, [*overrides, f"distributed.strategy={arm.strategy}"]))
+    run = Trainer(load_config(BASE, [*overrides, f"distributed.strategy={arm.strategy}"]))
     batches = list(run.stream.iterate(0, 2))
     run.learner_update(*batches[0])
     forget_peak()

@@ -24,11 +24,11 @@ from dino_value.designers import fill_in
 from dino_value.models.backbone import Features
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.training import designer_update as steer_module
-from dino_value.training.designer_update import Steer
+from dino_value.training.designer_update import DesignerUpdate
 from dino_value.training.feedback import FeedbackTask, downstream_gradient, fit_head
 from dino_value.training.optim import FiniteGuard, cosine_schedule
 from dino_value.training.steps import Views, make_views
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 Make = Callable[..., Config]
 
@@ -52,14 +52,14 @@ class Relabelled:
         return image, (target.flip(0) + 1) % self._source.num_classes
 
 
-def relabel(run: Run) -> Run:
+def relabel(run: Trainer) -> Trainer:
     for task in run.steer.feedback:
         for stream in (task.train_stream, task.meta_stream):
             stream.source.source = Relabelled(stream.source.source)  # type: ignore[attr-defined]
     return run
 
 
-def steps(run: Run, count: int = 4) -> Run:
+def steps(run: Trainer, count: int = 4) -> Trainer:
     for large, small in run.stream.iterate(run.step, run.step + count):
         run.learner_update(large, small)
     return run
@@ -82,13 +82,13 @@ def same(left: Any, right: Any) -> bool:
     return len(pairs[0]) == len(pairs[1]) and all(map(torch.equal, *pairs))
 
 
-def theta(run: Run) -> dict[str, Any]:
+def theta(run: Trainer) -> dict[str, Any]:
     """Student, teacher, centre and the learner's optimizer."""
     state = run.state_dict()
     return {name: state[name] for name in ("student", "teacher", "objective", "optimizer")}
 
 
-def viewed(run: Run, large: Tensor, small: Tensor, name: str, number: int) -> Views:
+def viewed(run: Trainer, large: Tensor, small: Tensor, name: str, number: int) -> Views:
     settings = run.config.views
     return make_views(run.student.backbone, (large, small), settings, run.device, run.config.seed, name, number)
 
@@ -102,8 +102,8 @@ FIXED = "designer.lr=0"
 @pytest.mark.parametrize("method", ["value", "random"])
 @pytest.mark.parametrize("extra", [[], ["designer.crops=all", "designer.through_teacher=true"]])
 def test_with_phi_fixed_labels_cannot_change_theta(tiny: Make, method: str, extra: list[str]) -> None:
-    truth = steps(Run(tiny(f"method={method}", FIXED, *extra)))
-    false = steps(relabel(Run(tiny(f"method={method}", FIXED, *extra))))
+    truth = steps(Trainer(tiny(f"method={method}", FIXED, *extra)))
+    false = steps(relabel(Trainer(tiny(f"method={method}", FIXED, *extra))))
     assert same(theta(truth), theta(false))
     # The labels did differ: the heads learnt something else, and so did V.
     assert not same(
@@ -115,7 +115,7 @@ def test_with_phi_fixed_labels_cannot_change_theta(tiny: Make, method: str, extr
 
 def test_with_phi_free_labels_do_change_theta(tiny: Make) -> None:
     """The test above is not blind: the one allowed path is open."""
-    truth, false = steps(Run(tiny())), steps(relabel(Run(tiny())))
+    truth, false = steps(Trainer(tiny())), steps(relabel(Trainer(tiny())))
     assert not same(truth.steer.designer.state_dict(), false.steer.designer.state_dict())
     assert not same(theta(truth)["student"], theta(false)["student"])
 
@@ -127,7 +127,7 @@ def test_labels_enter_nothing_but_the_evaluators_loss(tiny: Make, monkeypatch: p
         return (head or self.head)(self.label.read(features)).square().mean()
 
     monkeypatch.setattr(FeedbackTask, "loss", blind)
-    assert same(steps(Run(tiny())).state_dict(), steps(relabel(Run(tiny()))).state_dict())
+    assert same(steps(Trainer(tiny())).state_dict(), steps(relabel(Trainer(tiny()))).state_dict())
 
 
 SIGNALS: dict[str, list[str]] = {
@@ -152,21 +152,21 @@ SIGNALS: dict[str, list[str]] = {
 @pytest.mark.parametrize("removed", SIGNALS.values(), ids=SIGNALS.keys())
 def test_with_phi_fixed_no_learning_signal_reaches_theta(tiny: Make, removed: list[str]) -> None:
     attention = [part for part in removed if part.startswith("backbone")]
-    assert same(theta(steps(Run(tiny(FIXED, *attention)), 3)), theta(steps(Run(tiny(FIXED, *removed)), 3)))
+    assert same(theta(steps(Trainer(tiny(FIXED, *attention)), 3)), theta(steps(Trainer(tiny(FIXED, *removed)), 3)))
 
 
 def test_with_phi_fixed_the_designers_update_is_nothing_to_theta(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     drop = "backbone.kwargs.drop_path_rate=0.3"
-    updated = theta(steps(Run(tiny(FIXED, drop))))
-    monkeypatch.setattr(Steer, "update", lambda self, step, temperature: None)
-    assert same(updated, theta(steps(Run(tiny(FIXED, drop)))))
+    updated = theta(steps(Trainer(tiny(FIXED, drop))))
+    monkeypatch.setattr(DesignerUpdate, "update", lambda self, step, temperature: None)
+    assert same(updated, theta(steps(Trainer(tiny(FIXED, drop)))))
 
 
 # 2. g_down and the learner's optimizer
 
 
 def test_the_learners_optimizer_holds_the_student_and_nothing_else(tiny: Make) -> None:
-    run = Run(tiny())
+    run = Trainer(tiny())
 
     def held(optimizer: torch.optim.Optimizer) -> set[int]:
         return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -184,7 +184,7 @@ def test_the_learners_optimizer_holds_the_student_and_nothing_else(tiny: Make) -
 
 @pytest.mark.parametrize("engine", ["finite_difference", "double_backward"])
 def test_the_designers_update_leaves_no_gradient_in_theta(tiny: Make, engine: str) -> None:
-    run = Run(tiny(f"value.engine={engine}", "backbone.attention=math", "designer.through_teacher=true"))
+    run = Trainer(tiny(f"value.engine={engine}", "backbone.attention=math", "designer.through_teacher=true"))
     marks = []
     for parameter in [*run.student.parameters(), *run.teacher.parameters()]:
         parameter.grad = torch.full_like(parameter, 7.0)
@@ -207,11 +207,11 @@ def test_at_the_learners_step_the_optimizer_holds_g_pre(tiny: Make, monkeypatch:
 
     for replacement in (downstream, enormous):
         monkeypatch.setattr(steer_module, "downstream_gradient", replacement)
-        run = Run(tiny(FIXED))
+        run = Trainer(tiny(FIXED))
         step: Any = run.optimizer.step
         grads: list[Tensor] = []
 
-        def spy(step: Any = step, grads: list[Tensor] = grads, run: Run = run) -> None:
+        def spy(step: Any = step, grads: list[Tensor] = grads, run: Trainer = run) -> None:
             grads.extend(p.grad.clone() for p in run.student.parameters() if p.grad is not None)
             step()
 
@@ -224,7 +224,7 @@ def test_at_the_learners_step_the_optimizer_holds_g_pre(tiny: Make, monkeypatch:
 
 def test_g_down_and_the_heads_take_no_part_in_each_others_steps(tiny: Make) -> None:
     """g_down leaves nothing in the heads; fitting the heads leaves nothing in the backbone."""
-    run = Run(tiny())
+    run = Trainer(tiny())
     before = copy.deepcopy(theta(run)), [copy.deepcopy(task.head.state_dict()) for task in run.steer.feedback]
     for task in run.steer.feedback:
         gradient, loss = downstream_gradient(task, run.student.backbone, run.steer.scope, run.device)
@@ -242,7 +242,7 @@ def test_g_down_and_the_heads_take_no_part_in_each_others_steps(tiny: Make) -> N
 @pytest.mark.parametrize("kind", ["seg", "depth"])
 def test_g_down_is_the_gradient_of_the_evaluators_loss(tiny: Make, kind: str) -> None:
     """Against autograd through the whole backbone, on the next meta batch, the head in inference mode."""
-    run = Run(tiny())
+    run = Trainer(tiny())
     task = next(task for task in run.steer.feedback if task.kind == kind)
     for _ in range(3):
         fit_head(task, run.student.backbone, run.device, FiniteGuard())
@@ -273,7 +273,7 @@ PLAIN: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("overrides", PLAIN.values(), ids=PLAIN.keys())
 def test_the_learners_step_is_a_plain_dino_step_on_detached_views(tiny: Make, overrides: list[str]) -> None:
-    run = steps(Run(tiny("optim.warmup=2", "optim.weight_decay_end=0.2", "steps=9", *overrides)), 2)
+    run = steps(Trainer(tiny("optim.warmup=2", "optim.weight_decay_end=0.2", "steps=9", *overrides)), 2)
     student, teacher, centre = copy.deepcopy(run.student), copy.deepcopy(run.teacher), run.loss.center.clone()
     optimizer_state = copy.deepcopy(run.optimizer.state_dict())
     large, small = run.stream.batch(2)
@@ -332,7 +332,7 @@ def test_the_learners_step_is_a_plain_dino_step_on_detached_views(tiny: Make, ov
 
 
 def test_the_learners_step_leaves_phi_alone(tiny: Make) -> None:
-    run = steps(Run(tiny()), 1)  # step 1 has no designer update
+    run = steps(Trainer(tiny()), 1)  # step 1 has no designer update
     before = copy.deepcopy(run.steer.designer.state_dict())
     gradients = [copy.deepcopy(parameter.grad) for parameter in run.steer.designer.parameters()]
     steps(run, 1)
@@ -342,7 +342,7 @@ def test_the_learners_step_leaves_phi_alone(tiny: Make) -> None:
 
 
 def test_the_learner_sees_views_without_a_graph(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tiny("designer.crops=all", "designer.through_teacher=true", "value.burn_in=1"))
+    run = Trainer(tiny("designer.crops=all", "designer.through_teacher=true", "value.burn_in=1"))
     seen = []
     states, teach = SelfDistillation.states, SelfDistillation.teach
 
@@ -358,7 +358,7 @@ def test_the_learner_sees_views_without_a_graph(tiny: Make, monkeypatch: pytest.
     steps(run, 2)  # the designer's update is over: what follows is the learner's
     monkeypatch.setattr(SelfDistillation, "states", watched)
     monkeypatch.setattr(SelfDistillation, "teach", made)
-    monkeypatch.setattr(Steer, "update", lambda self, step, temperature: None)
+    monkeypatch.setattr(DesignerUpdate, "update", lambda self, step, temperature: None)
     steps(run, 2)
     assert len(seen) == 8
     assert not any(part.requires_grad for part in seen)
@@ -369,7 +369,7 @@ def test_the_learner_sees_views_without_a_graph(tiny: Make, monkeypatch: pytest.
 
 def test_head_train_and_meta_images_are_disjoint(tiny: Make) -> None:
     for seed in range(3):
-        for task in Run(tiny(f"seed={seed}")).steer.feedback:
+        for task in Trainer(tiny(f"seed={seed}")).steer.feedback:
             train, meta = set(task.train_indices), set(task.meta_indices)
             assert (len(train), len(meta)) == (8 if task.kind == "seg" else 6, 4)
             assert not train & meta
@@ -379,7 +379,9 @@ def test_head_train_and_meta_images_are_disjoint(tiny: Make) -> None:
 
 
 def test_no_group_of_images_is_on_both_sides(tiny: Make) -> None:
-    run = Run(tiny("data.group_pattern=.", "feedback.seg.train=4", "feedback.seg.meta=4", "feedback.depth.weight=0"))
+    run = Trainer(
+        tiny("data.group_pattern=.", "feedback.seg.train=4", "feedback.seg.meta=4", "feedback.depth.weight=0")
+    )
     (task,) = run.steer.feedback
     source = task.train_stream.source.source  # type: ignore[attr-defined]
     groups = [{source.group(index) for index in part} for part in (task.train_indices, task.meta_indices)]
@@ -390,7 +392,7 @@ def test_no_group_of_images_is_on_both_sides(tiny: Make) -> None:
 def test_g_down_comes_from_meta_images_and_the_heads_from_the_others(
     tiny: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(tiny())
+    run = Trainer(tiny())
     loaded: dict[str, set[int]] = {}
     for task in run.steer.feedback:
         for name, stream in (("train", task.train_stream), ("meta", task.meta_stream)):
@@ -411,7 +413,7 @@ def test_g_down_comes_from_meta_images_and_the_heads_from_the_others(
 
 
 def test_the_meta_unlabeled_stream_is_independent_of_the_learners(tiny: Make) -> None:
-    run = Run(tiny())
+    run = Trainer(tiny())
     ours = [run.stream.indices(step).tolist() for step in range(8)]
     meta = [run.steer.meta_stream.indices(step).tolist() for step in range(8)]
     assert all(a != b for a, b in zip(ours, meta, strict=True))
@@ -424,7 +426,7 @@ def test_the_meta_unlabeled_stream_is_independent_of_the_learners(tiny: Make) ->
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_a_meta_image_is_never_in_the_unlabeled_meta_batch(tiny: Make, tiny_data: Path, in_memory: bool) -> None:
     """Also where the unlabeled folder is the labelled one."""
-    run = Run(tiny(f"data.unlabeled={tiny_data / 'ade' / 'images'}", f"data.in_memory={in_memory}"))
+    run = Trainer(tiny(f"data.unlabeled={tiny_data / 'ade' / 'images'}", f"data.in_memory={in_memory}"))
     held = {Path(task.source.name(index)).resolve() for task in run.steer.feedback for index in task.meta_indices}
     source: Any = run.steer.meta_stream.source
     offered = {Path(name).resolve() for name in (source.names if in_memory else source.paths)}

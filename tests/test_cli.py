@@ -26,7 +26,7 @@ from dino_value.config import Config
 from dino_value.errors import EXIT_FAULT
 from dino_value.export.command import export
 from dino_value.models.backbone import create_backbone, save_backbone
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 Refused = Callable[..., str]
@@ -248,15 +248,15 @@ def test_weights_that_are_not_finite(refused: Refused, tmp_path: Path, out: Path
 def test_a_loss_that_stops_being_finite(
     refused: Refused, out: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    update = Run.learner_update
+    update = Trainer.learner_update
 
-    def spoilt(self: Run, large: torch.Tensor, small: torch.Tensor) -> None:
+    def spoilt(self: Trainer, large: torch.Tensor, small: torch.Tensor) -> None:
         if self.step == 3:
             with torch.no_grad():
                 self.student.backbone.model.norm.weight.fill_(float("inf"))
         update(self, large, small)
 
-    monkeypatch.setattr(Run, "learner_update", spoilt)
+    monkeypatch.setattr(Trainer, "learner_update", spoilt)
     line = refused("method=baseline", "--quiet")
     assert "step 3: loss" in line
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_00000002.pt"]

@@ -10,7 +10,7 @@ import torch
 
 from dino_value.config import Config
 from dino_value.errors import UserError
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 from dino_value.value import ENGINES
 
 pytestmark = pytest.mark.gpu
@@ -23,14 +23,14 @@ def test_a_run_trains_and_goes_on(tiny: Make, method: str, precision: str) -> No
     overrides = ("device=cuda", f"method={method}", f"precision={precision}")
     folder = train(tiny(*overrides), quiet=True)
     assert (folder / "backbone.safetensors").is_file()
-    run = Run(tiny(*overrides))
+    run = Trainer(tiny(*overrides))
     run.load_state_dict(torch.load(folder / "checkpoints" / "step_00000002.pt", weights_only=True))
     run.learner_update(*run.stream.batch(run.step))
     run.guard.check(wait=True)
 
 
 def test_a_step_that_is_not_finite_is_not_applied(tiny: Make) -> None:
-    run = Run(tiny("device=cuda", "method=baseline"))
+    run = Trainer(tiny("device=cuda", "method=baseline"))
     before = [value.clone() for value in run.student.parameters()]
     run.loss.center.fill_(torch.nan)
 
@@ -46,7 +46,7 @@ def test_a_step_that_is_not_finite_is_not_applied(tiny: Make) -> None:
 def test_the_engines_agree(tiny: Make) -> None:
     gradients = []
     for engine in (ENGINES["double_backward"], partial(ENGINES["finite_difference"], radius=1e-3)):
-        run = Run(tiny("device=cuda", "designer.lr=0", "designer.lambda_spars=0", "designer.lambda_tv=0"))
+        run = Trainer(tiny("device=cuda", "designer.lr=0", "designer.lambda_spars=0", "designer.lambda_tv=0"))
         run.steer.engine = engine
         run.steer.update(0, 0.04)
         gradients.append(torch.cat([value.grad.flatten() for value in run.steer.designer.parameters()]))

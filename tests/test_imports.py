@@ -108,7 +108,7 @@ def test_import_rule(path: Path) -> None:
         ("dino_value.data.folders", "def f():\n    import dino_value.models.backbone"),
         ("dino_value.heads.depth", "from dino_value import train"),
         ("dino_value.eval.seg", "from dino_value.training.trainer import train"),
-        ("dino_value.language.train", "from dino_value.models.backbone import Backbone"),
+        ("dino_value.language.trainer", "from dino_value.models.backbone import Backbone"),
         ("dino_value.slurm.launch", "from dino_value.training.trainer import train"),
         ("dino_value.training.trainer", "from heads.depth import DepthHead"),
     ],

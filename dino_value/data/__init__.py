@@ -16,7 +16,7 @@ from dino_value.data.folders import PICTURES, list_images, not_read, read_image
 from dino_value.data.pixels import SHALLOW, look_at, remarks, shallow
 from dino_value.data.tars import TarMember, is_shards, list_members
 from dino_value.data.views import FolderViews, MemoryViews, ViewSettings
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import UserError
 
 LOOKED_AT = 16
@@ -150,7 +150,7 @@ class SkippingViews:
         """The same source less the files `names`."""
         return SkippingViews(self.views.without(names), self.left_out)
 
-    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Sequence[int], key: int, part: BatchShard = WHOLE) -> tuple[Tensor, Tensor]:
         """As `views.batch`.
 
         Raises:

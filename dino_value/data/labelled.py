@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import UserError
 from dino_value.seeds import exchange, generator
 
@@ -293,7 +293,7 @@ class LabelledDataset:
             target = target.flip(-1) if dense else target
         return image, target
 
-    def batch(self, positions: Sequence[int], seed: int = 0, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Sequence[int], seed: int = 0, part: BatchShard = WHOLE) -> tuple[Tensor, Tensor]:
         """Images uint8 [B 3 h w] and targets [B …] at these positions, or a part of them, drawn with `seed`."""
         own = positions[part.of(len(positions))]
         # Of an empty part the shapes are still asked for.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import UserError
 from dino_value.seeds import generator as generator
 from dino_value.seeds import key as key
@@ -35,7 +35,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, ...]: ...
+    def batch(self, positions: Sequence[int], key: int, part: BatchShard = WHOLE) -> tuple[Tensor, ...]: ...
 
 
 class Stream:
@@ -50,7 +50,7 @@ class Stream:
     """
 
     def __init__(
-        self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0, part: Part = WHOLE
+        self, source: Source, batch_size: int, seed: int, name: str, workers: int = 0, part: BatchShard = WHOLE
     ) -> None:
         if len(source) < batch_size:
             raise UserError(
@@ -71,7 +71,7 @@ class Stream:
         batch = self.indices(step).tolist()
         return f"Batch {step} of {self.name}: images {batch[:8]}{' …' if len(batch) > 8 else ''} of the sorted list"
 
-    def batch(self, step: int, part: Part | None = None) -> tuple[Tensor, ...]:
+    def batch(self, step: int, part: BatchShard | None = None) -> tuple[Tensor, ...]:
         """Batch `step`, or this part of it, made here and now."""
         positions, drawn = self.indices(step).tolist(), key(self.seed, self.name, "batch", step)
         part = self.part if part is None else part

@@ -33,7 +33,7 @@ from dino_value.data.conventions import Conventions, conventions
 from dino_value.data.folders import read_image
 from dino_value.data.sampling import generator as keyed_generator
 from dino_value.data.sampling import key as derive
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 
 
 class ViewSettings(Protocol):
@@ -111,7 +111,7 @@ class MemoryViews:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Sequence[int], key: int, part: BatchShard = WHOLE) -> tuple[Tensor, Tensor]:
         """Global crops uint8 [2 B 3 H W] and local crops [N B 3 h w], of the images of `part`."""
         generator = torch.Generator().manual_seed(key)
         images = self.images[torch.as_tensor(positions[part.of(len(positions))])]
@@ -139,7 +139,7 @@ class FolderViews:
         kept = [path for path in self.paths if os.path.realpath(path) not in held]
         return FolderViews(kept, self.settings, self.told)
 
-    def batch(self, positions: Sequence[int], key: int, part: Part = WHOLE) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Sequence[int], key: int, part: BatchShard = WHOLE) -> tuple[Tensor, Tensor]:
         """As `MemoryViews.batch`; the crops of a file follow from (key, its place in the batch)."""
         slots = range(len(positions))[part.of(len(positions))]
         rows = [self._one(self.paths[positions[slot]], derive(key, slot)) for slot in slots]
@@ -169,7 +169,7 @@ def _two_groups(views: Callable[..., Tensor], settings: ViewSettings) -> tuple[T
 
 
 def _augmented(
-    large: Tensor, small: Tensor, settings: ViewSettings, key: int, part: Part = WHOLE
+    large: Tensor, small: Tensor, settings: ViewSettings, key: int, part: BatchShard = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """The crops of a batch as its source hands them over: augmented already, where loader processes do that."""
     if settings.augment != "torchvision":
@@ -180,7 +180,7 @@ def _augmented(
 
 
 def augment(
-    large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str, part: Part = WHOLE
+    large: Tensor, small: Tensor, settings: ViewSettings, seed: int, *keys: int | str, part: BatchShard = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """DINO's flips, colours, blur and solarisation, unless the crops come with them (`views.augment=torchvision`).
 
@@ -193,7 +193,7 @@ def augment(
 
 
 def _photometric_groups(
-    large: Tensor, small: Tensor, settings: ViewSettings, part: Part, seed: int, *keys: int | str
+    large: Tensor, small: Tensor, settings: ViewSettings, part: BatchShard, seed: int, *keys: int | str
 ) -> tuple[Tensor, Tensor]:
     batch = large.shape[1] * part.world
     first, second, local = settings.blur
@@ -228,7 +228,7 @@ class Draws(NamedTuple):
     sigma: Tensor  # pixels
     solarize: Tensor
 
-    def part(self, part: Part, views: int) -> Draws:
+    def part(self, part: BatchShard, views: int) -> Draws:
         """Those of a part of the batch, `views` of each image."""
         factors = {name: part.rows(values, views) for name, values in self.factors.items()}
         own: dict[str, Any] = {
@@ -281,7 +281,7 @@ def photometric(
     solar: Tensor,
     settings: ViewSettings,
     generator: torch.Generator,
-    part: Part = WHOLE,
+    part: BatchShard = WHOLE,
     count: int = 1,
 ) -> Tensor:
     """Flip, jitter, greyscale, blur, solarise, each row by its own draw, with the backend `settings.augment`.

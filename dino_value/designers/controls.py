@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 
 
 class RandomMasks(nn.Module):
@@ -17,7 +17,7 @@ class RandomMasks(nn.Module):
     Drawn for all of the batch, two views of each image, of which these are a `part`.
     """
 
-    def __init__(self, keep_ratio: float, patch_size: int, part: Part = WHOLE) -> None:
+    def __init__(self, keep_ratio: float, patch_size: int, part: BatchShard = WHOLE) -> None:
         super().__init__()
         self.keep_ratio, self.patch_size, self.part = keep_ratio, patch_size, part
 

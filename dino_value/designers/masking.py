@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 
 
 def fill_in(
@@ -14,7 +14,7 @@ def fill_in(
     kind: str,
     blur_sigma: float,
     generator: torch.Generator | None = None,
-    part: Part = WHOLE,
+    part: BatchShard = WHOLE,
     count: int = 1,
 ) -> Tensor:
     """What shows where the mask hides: the view blurred, its mean colour, or noise of its mean and spread.

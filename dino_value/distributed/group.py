@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, Interrupted, ProcessLost, UserError
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def own_part() -> Part:
+def own_part() -> BatchShard:
     """Of a batch, what is this process's."""
-    return Part(rank(), world()) if world() > 1 else WHOLE
+    return BatchShard(rank(), world()) if world() > 1 else WHOLE
 
 
 def own_device(name: str) -> str:
@@ -105,7 +105,7 @@ def gather(rows: Tensor, total: int) -> Tensor:
     """Own rows, `own_part().of(total)`, to all [total …]; parts may be unequal. Passes no gradient."""
     if world() == 1:
         return rows
-    sizes = [part.stop - part.start for part in (Part(other, world()).of(total) for other in range(world()))]
+    sizes = [part.stop - part.start for part in (BatchShard(other, world()).of(total) for other in range(world()))]
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     parts = [torch.empty_like(padded) for _ in sizes]

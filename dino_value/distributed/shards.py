@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Part(NamedTuple):
+class BatchShard(NamedTuple):
     """Part `rank` of `world`. What is random is drawn for the whole batch and cut: the parts of any number of
     processes are the batch that one would have."""
 
@@ -25,9 +25,9 @@ class Part(NamedTuple):
         grouped = batch.unflatten(0, (views, -1))
         return grouped[:, self.of(grouped.shape[1])].flatten(0, 1)
 
-    def split(self, parts: int) -> list[Part]:
+    def split(self, parts: int) -> list[BatchShard]:
         """This part in `parts` equal ones."""
-        return [Part(self.rank * parts + index, self.world * parts) for index in range(parts)]
+        return [BatchShard(self.rank * parts + index, self.world * parts) for index in range(parts)]
 
 
-WHOLE = Part()
+WHOLE = BatchShard()

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     from dino_value.language.config import load_language_config
-    from dino_value.language.train import train
+    from dino_value.language.trainer import train
 
     config = load_language_config(arguments.config, arguments.overrides)
     print(train(config, quiet=arguments.quiet, override=arguments.override))

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dino_value.errors import UserError
 from dino_value.language.config import STEERED, load_language_config
+from dino_value.language.designer_update import DesignerUpdate, TargetTask, constant
 from dino_value.language.downstream import token_losses
 from dino_value.language.learner import Cut, evaluating
-from dino_value.language.steer import Steer, TargetTask, constant
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples
-from dino_value.language.train import Run
+from dino_value.language.trainer import Trainer
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import follow
 from dino_value.value import (
@@ -64,7 +64,7 @@ def probe_run(folder: Path, file: str, trials: int = 32, limit: int = 64, seed: 
     return _Probe(run, steer, examples, seed).trials(trials)
 
 
-def open_steered(folder: Path) -> tuple[Run, Steer]:
+def open_steered(folder: Path) -> tuple[Trainer, DesignerUpdate]:
     """A run with feedback, at its last checkpoint.
 
     Raises:
@@ -75,7 +75,7 @@ def open_steered(folder: Path) -> tuple[Run, Steer]:
     config = load_language_config(folder / "config.yaml", [f"out={folder}"])
     if config.method not in STEERED:
         raise UserError(f"{folder}: method={config.method} has no g_down; choose a run of {', '.join(STEERED)}")
-    run = Run(config)
+    run = Trainer(config)
     run.load_state_dict(load_checkpoint(folder, "learner"))
     assert run.steer is not None
     if not run.steer.updates:
@@ -83,7 +83,7 @@ def open_steered(folder: Path) -> tuple[Run, Steer]:
     return run, run.steer
 
 
-def feedback_gradient(steer: Steer, domain: str) -> Gradient:
+def feedback_gradient(steer: DesignerUpdate, domain: str) -> Gradient:
     """g_down of a domain, over at most eight batches of its examples; or one lookahead, which takes several itself."""
     ahead = steer.config.value.direction == "lookahead"
     batches = range(1 if ahead else min(8, steer.feedback[domain].per_epoch))
@@ -93,7 +93,7 @@ def feedback_gradient(steer: Steer, domain: str) -> Gradient:
 class _Probe:
     """One θ, its g_down, the held-out examples, and any number of trial steps."""
 
-    def __init__(self, run: Run, steer: Steer, held: ExampleSet, seed: int) -> None:
+    def __init__(self, run: Trainer, steer: DesignerUpdate, held: ExampleSet, seed: int) -> None:
         self.run, self.steer, self.learner = run, steer, run.learner.eval()
         self.chunk = run.config.targets.chunk
         named = dict(self.learner.model.named_parameters())

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dino_value.errors import UserError
+from dino_value.language.designer_update import ValueMap, constant
 from dino_value.language.learner import evaluating
 from dino_value.language.probe import feedback_gradient, open_steered
-from dino_value.language.steer import ValueMap, constant
 from dino_value.value import pre_gradient, tilt
 
 

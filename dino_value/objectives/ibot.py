@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_value.distributed.collectives import total
-from dino_value.distributed.shards import Part
+from dino_value.distributed.shards import BatchShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,7 +47,7 @@ class Masks(NamedTuple):
     def to(self, device: torch.device | str) -> Masks:
         return Masks(*(tensor.to(device, non_blocking=True) for tensor in self))
 
-    def part(self, part: Part) -> tuple[Masks, Tensor]:
+    def part(self, part: BatchShard) -> tuple[Masks, Tensor]:
         """Those of a part of the images, of which there are two views; and which of the m patches they are, bool."""
         images = torch.arange(len(self.hidden), device=self.hidden.device)
         own = torch.zeros_like(images, dtype=torch.bool).index_fill_(0, part.rows(images, 2), True)

@@ -21,8 +21,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from dino_value.distributed.collectives import total, world_size
-from dino_value.distributed.shards import WHOLE, Part
-from dino_value.objectives.interface import Hidden, Learner, Mover, Objective, Parts, State
+from dino_value.distributed.shards import WHOLE, BatchShard
+from dino_value.objectives.interface import Hidden, Learner, LossTerms, Mover, Objective, State
 
 AnyHidden = TypeVar("AnyHidden", bound=Hidden)
 
@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
     context: Tensor
     targets: Tensor
 
-    def part(self, part: Part) -> Blocks:
+    def part(self, part: BatchShard) -> Blocks:
         """Those of a part of the images, of which there are two views."""
         return Blocks(*(part.rows(tensor, 2) for tensor in self))
 
@@ -220,14 +220,14 @@ class IJEPA(IJEPALoss, Objective):
     def begin(self, step: int, teacher: Learner) -> None:
         pass
 
-    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: Part = WHOLE) -> Blocks:
+    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: BatchShard = WHOLE) -> Blocks:
         grid = (large.shape[-2] // patch_size, large.shape[-1] // patch_size)
         return multi_block(len(large) * part.world, grid, generator, **self.blocks).part(part).to(large.device)
 
-    def cut(self, targets: Parts, draw: Blocks, part: Part) -> tuple[Parts, Blocks]:
+    def cut(self, targets: LossTerms, draw: Blocks, part: BatchShard) -> tuple[LossTerms, Blocks]:
         return {"ijepa": part.rows(targets["ijepa"], 2)}, draw.part(part)
 
-    def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Blocks) -> tuple[Parts, Parts]:
+    def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Blocks) -> tuple[LossTerms, LossTerms]:
         """Targets `ijepa` [2B M m D]; there are no prototypes, so no temperature and no logits."""
         return {"ijepa": self.targets(teacher.backbone(large).patches, draw)}, {}
 
@@ -235,7 +235,7 @@ class IJEPA(IJEPALoss, Objective):
         large, _ = views
         return [large] if start is None else [student.backbone(_context(student, large, draw), stop=start)]
 
-    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Blocks) -> Parts:
+    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Blocks) -> LossTerms:
         """Predicted features `ijepa` [2B M m D]."""
         (state,) = states
         if isinstance(state, Tensor):
@@ -243,11 +243,11 @@ class IJEPA(IJEPALoss, Objective):
         features = student.backbone(state, start=start or 0)
         return {"ijepa": student.head(features.patches, draw, features.grid)}
 
-    def terms_of(self, predictions: Parts, targets: Parts) -> Parts:
+    def terms_of(self, predictions: LossTerms, targets: LossTerms) -> LossTerms:
         """Terms `ijepa` [2B M]."""
         return {"ijepa": self.terms(predictions["ijepa"], targets["ijepa"])}
 
-    def move(self, targets: Parts, here: Parts, there: Parts, mover: Mover) -> Parts:
+    def move(self, targets: LossTerms, here: LossTerms, there: LossTerms, mover: Mover) -> LossTerms:
         """Each hidden patch's target [D] by how its prediction changes."""
         y = targets["ijepa"]
         before, after = (part["ijepa"].to(y.dtype) for part in (here, there))
@@ -258,19 +258,21 @@ class IJEPA(IJEPALoss, Objective):
 
         return {"ijepa": mover.point("ijepa", y, after - before, slope)}
 
-    def weighable(self, terms: Parts) -> dict[str, Tensor | None]:
+    def weighable(self, terms: LossTerms) -> dict[str, Tensor | None]:
         return {"ijepa": None}
 
-    def parts(self, terms: Parts, draw: Blocks, weights: Parts | None = None, views: int | None = None) -> Parts:
+    def parts(
+        self, terms: LossTerms, draw: Blocks, weights: LossTerms | None = None, views: int | None = None
+    ) -> LossTerms:
         return {"ijepa": self.mean(terms["ijepa"], None if weights is None else weights["ijepa"])}
 
-    def total(self, parts: Parts) -> Tensor:
+    def total(self, parts: LossTerms) -> Tensor:
         return parts["ijepa"]
 
-    def update(self, logits: Parts) -> None:
+    def update(self, logits: LossTerms) -> None:
         pass
 
-    def watch(self, targets: Parts) -> Parts:
+    def watch(self, targets: LossTerms) -> LossTerms:
         """The targets' standard deviation over the batch: near 1, and 0 where all patches have become one."""
         rows = targets["ijepa"].flatten(0, -2)
         if world_size() == 1:

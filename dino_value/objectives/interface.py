@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 
 
 class Mover(Protocol):
@@ -50,7 +50,7 @@ class Hidden(Protocol):
 State = Tensor | Any
 """Where a student is cut: views of one size, or the `Hidden` tokens that enter the scope's first block."""
 
-Parts = dict[str, Tensor]
+LossTerms = dict[str, Tensor]
 """Tensors by the part of the loss that they belong to: `dino`, `ibot`, …"""
 
 Draw = Any
@@ -88,16 +88,16 @@ class Objective(nn.Module, abc.ABC):
         """Before learner step `step`; a second call at the same step changes nothing."""
 
     @abc.abstractmethod
-    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: Part = WHOLE) -> Draw:
+    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: BatchShard = WHOLE) -> Draw:
         """What is random about the loss on global views [2B 3 H W], a part of the batch; follows from the (CPU)
         generator alone, which draws for all of the batch."""
 
     @abc.abstractmethod
-    def cut(self, targets: Parts, draw: Draw, part: Part) -> tuple[Parts, Draw]:
+    def cut(self, targets: LossTerms, draw: Draw, part: BatchShard) -> tuple[LossTerms, Draw]:
         """What `teach` and `draw` gave, for a part of their images."""
 
     @abc.abstractmethod
-    def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Draw) -> tuple[Parts, Parts]:
+    def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Draw) -> tuple[LossTerms, LossTerms]:
         """Global views [2B 3 H W] to targets, with a graph where gradients are enabled, and to `update`'s logits."""
 
     @abc.abstractmethod
@@ -106,28 +106,32 @@ class Objective(nn.Module, abc.ABC):
         themselves where `start` is None."""
 
     @abc.abstractmethod
-    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Draw) -> Parts:
+    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Draw) -> LossTerms:
         """Onward from `states`, all of them or those of the global views alone, to what `targets` are compared with."""
 
     @abc.abstractmethod
-    def terms_of(self, predictions: Parts, targets: Parts) -> Parts:
+    def terms_of(self, predictions: LossTerms, targets: LossTerms) -> LossTerms:
         """The terms of each part."""
 
-    def losses(self, student: Learner, states: Sequence[State], targets: Parts, start: int | None, draw: Draw) -> Parts:
+    def losses(
+        self, student: Learner, states: Sequence[State], targets: LossTerms, start: int | None, draw: Draw
+    ) -> LossTerms:
         """Onward from `states` to the terms of each part."""
         return self.terms_of(self.predict(student, states, start, draw), targets)
 
     @abc.abstractmethod
-    def move(self, targets: Parts, here: Parts, there: Parts, mover: Mover) -> Parts:
+    def move(self, targets: LossTerms, here: LossTerms, there: LossTerms, mover: Mover) -> LossTerms:
         """The targets, moved by how the student's predictions change from `here` to `there`, detached. Regularisers
         have none to move. A cut of a batch (`cut`) comes before this, never after."""
 
     @abc.abstractmethod
-    def weighable(self, terms: Parts) -> dict[str, Tensor | None]:
+    def weighable(self, terms: LossTerms) -> dict[str, Tensor | None]:
         """The parts whose terms may be given weights, each with which of its terms count (bool; None: all)."""
 
     @abc.abstractmethod
-    def parts(self, terms: Parts, draw: Draw, weights: Parts | None = None, views: int | None = None) -> Parts:
+    def parts(
+        self, terms: LossTerms, draw: Draw, weights: LossTerms | None = None, views: int | None = None
+    ) -> LossTerms:
         """The loss's parts, scalars; linear in the terms and in their weights, which are 1 where there are none.
 
         Args:
@@ -135,13 +139,13 @@ class Objective(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def total(self, parts: Parts) -> Tensor:
+    def total(self, parts: LossTerms) -> Tensor:
         """The loss: the parts, each times its setting."""
 
     @abc.abstractmethod
-    def update(self, logits: Parts) -> None:
+    def update(self, logits: LossTerms) -> None:
         """After the step whose `teach` gave `logits`."""
 
     @abc.abstractmethod
-    def watch(self, targets: Parts) -> Parts:
+    def watch(self, targets: LossTerms) -> LossTerms:
         """Scalars that tell of collapse, for the log."""

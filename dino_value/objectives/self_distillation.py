@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from dino_value.distributed.collectives import in_one_piece, mean
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.objectives.dino import DINOHead, DINOLoss
 from dino_value.objectives.gram import gram_loss
 from dino_value.objectives.ibot import IBOTLoss, Masks, MaskToken, block_masks
-from dino_value.objectives.interface import Learner, Mover, Objective, Parts, State
+from dino_value.objectives.interface import Learner, LossTerms, Mover, Objective, State
 from dino_value.objectives.koleo import koleo
 from dino_value.objectives.sinkhorn import sinkhorn
 
@@ -107,7 +107,9 @@ class SelfDistillation(DINOLoss, Objective):
         if self._anchored and since % self.gram_settings.refresh == 0:
             self.gram_teacher.load_state_dict(in_one_piece(teacher.backbone.state_dict()))
 
-    def draw(self, large: Tensor, patch_size: int, generator: torch.Generator, part: Part = WHOLE) -> Masks | None:
+    def draw(
+        self, large: Tensor, patch_size: int, generator: torch.Generator, part: BatchShard = WHOLE
+    ) -> Masks | None:
         if self.ibot is None:
             return None
         grid = (large.shape[-2] // patch_size, large.shape[-1] // patch_size)
@@ -115,7 +117,7 @@ class SelfDistillation(DINOLoss, Objective):
         masks = block_masks(len(large) * part.world, grid, generator, probability, ratio)
         return (masks if part == WHOLE else masks.part(part)[0]).to(large.device)
 
-    def cut(self, targets: Parts, draw: Masks | None, part: Part) -> tuple[Parts, Masks | None]:
+    def cut(self, targets: LossTerms, draw: Masks | None, part: BatchShard) -> tuple[LossTerms, Masks | None]:
         own = {"dino": targets["dino"][:, part.of(targets["dino"].shape[1])]}
         if draw is not None:
             draw, chosen = draw.part(part)
@@ -124,7 +126,9 @@ class SelfDistillation(DINOLoss, Objective):
             own["gram"] = part.rows(targets["gram"], 2)
         return own, draw
 
-    def teach(self, teacher: Learner, large: Tensor, temperature: float, draw: Masks | None) -> tuple[Parts, Parts]:
+    def teach(
+        self, teacher: Learner, large: Tensor, temperature: float, draw: Masks | None
+    ) -> tuple[LossTerms, LossTerms]:
         """Targets `dino` [2 B K], `ibot` [m K], and `gram` [2B N D], which never has a graph."""
         features = teacher.backbone(large) if self.ibot is not None else None
         cls = teacher.backbone(large, cls_only=True) if features is None else features.cls
@@ -158,7 +162,7 @@ class SelfDistillation(DINOLoss, Objective):
             large = student.backbone(large, stop=0, replace=hide)
         return [large, *small]
 
-    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Masks | None) -> Parts:
+    def predict(self, student: Learner, states: Sequence[State], start: int | None, draw: Masks | None) -> LossTerms:
         """Log-probabilities `dino` [V B K] and `ibot` [m K]; class tokens `koleo` [2B D] and patches `gram` [2B N D] of
         the global views."""
         entered, start = self._entered(student, states, draw), start or 0
@@ -177,7 +181,7 @@ class SelfDistillation(DINOLoss, Objective):
             found["gram"] = patches
         return found
 
-    def terms_of(self, predictions: Parts, targets: Parts) -> Parts:
+    def terms_of(self, predictions: LossTerms, targets: LossTerms) -> LossTerms:
         """Terms `dino` [2 V B], `ibot` [m], `koleo` [2], `gram` []."""
         terms = {"dino": self.cross_entropy(predictions["dino"], targets["dino"])}
         if self.ibot is not None:
@@ -189,7 +193,7 @@ class SelfDistillation(DINOLoss, Objective):
             terms["gram"] = gram_loss(predictions["gram"], targets["gram"], g.level, g.negatives, g.normalise)
         return terms
 
-    def move(self, targets: Parts, here: Parts, there: Parts, mover: Mover) -> Parts:
+    def move(self, targets: LossTerms, here: LossTerms, there: LossTerms, mover: Mover) -> LossTerms:
         """`dino` [2 B K] to a target for each pair of views [2 V B K], by the student's view; `ibot` [m K] by patch."""
         moved = dict(targets)
         change = (there["dino"] - here["dino"])[None]  # [1 V B K]
@@ -199,7 +203,7 @@ class SelfDistillation(DINOLoss, Objective):
             moved["ibot"] = mover.distribution("ibot", targets["ibot"], there["ibot"] - here["ibot"])
         return moved
 
-    def local_terms(self, student: Learner, state: State, targets: Parts, start: int | None) -> Tensor:
+    def local_terms(self, student: Learner, state: State, targets: LossTerms, start: int | None) -> Tensor:
         """Local views' terms [2 n B], from their state alone: what `best_of_n` chooses by."""
         cls = [student.backbone(state, start=start or 0, cls_only=True)]
         return self.cross_entropy(self._named(student, cls, targets["dino"].shape[1]), targets["dino"])
@@ -208,12 +212,14 @@ class SelfDistillation(DINOLoss, Objective):
         """Log-probabilities [V B K] of class tokens by crop size, each [v·B D]."""
         return self.log_probabilities(student.head(torch.cat(cls)).unflatten(0, (-1, batch)))
 
-    def weighable(self, terms: Parts) -> dict[str, Tensor | None]:
+    def weighable(self, terms: LossTerms) -> dict[str, Tensor | None]:
         """Not KoLeo and Gram: they regularise the features, and their terms say nothing of single predictions."""
         found: dict[str, Tensor | None] = {"dino": self.pairs(terms["dino"])}
         return found | ({"ibot": None} if "ibot" in terms else {})
 
-    def parts(self, terms: Parts, draw: Masks | None, weights: Parts | None = None, views: int | None = None) -> Parts:
+    def parts(
+        self, terms: LossTerms, draw: Masks | None, weights: LossTerms | None = None, views: int | None = None
+    ) -> LossTerms:
         weights = weights or {}
         parts = {"dino": self.mean(terms["dino"], weights.get("dino"))}
         if views is not None:
@@ -223,7 +229,7 @@ class SelfDistillation(DINOLoss, Objective):
             parts["ibot"] = self.ibot.mean(terms["ibot"], draw, weights.get("ibot"))
         return parts | {name: terms[name].sum() for name in ("koleo", "gram") if name in terms}
 
-    def total(self, parts: Parts) -> Tensor:
+    def total(self, parts: LossTerms) -> Tensor:
         scales = {"ibot": self.ibot_settings.weight, "koleo": self.koleo_weight, "gram": self.gram_settings.weight}
         loss = parts["dino"]
         for name, scale in scales.items():
@@ -231,7 +237,7 @@ class SelfDistillation(DINOLoss, Objective):
                 loss = loss + scale * parts[name]
         return loss
 
-    def update(self, logits: Parts) -> None:
+    def update(self, logits: LossTerms) -> None:
         """The centres; Sinkhorn-Knopp has none."""
         if self.sinkhorn_iterations:
             return
@@ -239,7 +245,7 @@ class SelfDistillation(DINOLoss, Objective):
         if self.ibot is not None:
             self.ibot.update_center(logits["ibot"])
 
-    def watch(self, targets: Parts) -> Parts:
+    def watch(self, targets: LossTerms) -> LossTerms:
         """The targets' entropy in nats (ln K where the teacher tells nothing apart, 0 where it always names one
         prototype), and the share of the favourite prototype (1/K … 1)."""
         dino = targets["dino"]

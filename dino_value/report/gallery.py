@@ -22,7 +22,7 @@ from dino_value.objectives.ibot import Masks
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.tasks.kinds import KINDS
-from dino_value.training.designer_update import Steer
+from dino_value.training.designer_update import DesignerUpdate
 from dino_value.training.steps import Views, evaluating
 
 SHOWN = 6  # images
@@ -52,16 +52,16 @@ def as_pictures(images: Tensor) -> Tensor:
 
 def masked(run_folder: Path, images: Tensor, checkpoint: Path | None = None) -> tuple[Tensor, Tensor] | None:
     """`designed` by a run in its folder: its newest checkpoint, or `checkpoint`."""
-    from dino_value.training.trainer import Run
+    from dino_value.training.trainer import Trainer
 
     config = load_config(run_folder / "config.yaml")
-    run = Run(config)
+    run = Trainer(config)
     run.load_state_dict(load_checkpoint(checkpoint or run_folder))
     return designed(config, run.steer, images)
 
 
 @torch.no_grad()
-def designed(config: Config, steer: Steer | None, images: Tensor) -> tuple[Tensor, Tensor] | None:
+def designed(config: Config, steer: DesignerUpdate | None, images: Tensor) -> tuple[Tensor, Tensor] | None:
     """Masks [n 1 H W] over whole images uint8 [n 3 H W], and the learned views in uint8; None where no masks are made.
 
     The global generator is left as it was.
@@ -80,19 +80,19 @@ def designed(config: Config, steer: Steer | None, images: Tensor) -> tuple[Tenso
 
 def moved(run_folder: Path, images: Tensor) -> Tensor | None:
     """`target_map` of a run in its folder, by its newest checkpoint."""
-    from dino_value.training.trainer import Run
+    from dino_value.training.trainer import Trainer
 
     config = load_config(run_folder / "config.yaml")
     if not (config.designs and config.designer.moves_targets):
         return None
-    run = Run(config)
+    run = Trainer(config)
     run.load_state_dict(load_checkpoint(run_folder))
     assert run.steer is not None
     return target_map(run.steer, run.teacher_temperature(), images)
 
 
 @torch.no_grad()
-def target_map(steer: Steer, temperature: float, images: Tensor) -> Tensor | None:
+def target_map(steer: DesignerUpdate, temperature: float, images: Tensor) -> Tensor | None:
     """KL(q′‖q) in nats of each patch's target, [n h w], over whole images uint8 [n 3 H W] that hide nothing; None where
     no patch has a target of its own (iBOT's), or nothing moves it."""
     loss, student = steer.loss, steer.student
@@ -112,7 +112,7 @@ def target_map(steer: Steer, temperature: float, images: Tensor) -> Tensor | Non
     return spent.view(len(large), *grid)[: len(images)].clamp_min(0).cpu()
 
 
-def mask_pictures(config: Config, steer: Steer | None) -> dict[str, NDArray[np.uint8]]:
+def mask_pictures(config: Config, steer: DesignerUpdate | None) -> dict[str, NDArray[np.uint8]]:
     """The masks as they are now over held-out images, drawn as in a report: `masks`, or nothing without any."""
     from dino_value.report.figures import masks_figure
 

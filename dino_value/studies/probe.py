@@ -28,10 +28,10 @@ from dino_value.objectives.interface import State
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import follow
 from dino_value.training.agreement import direction_agreement, verdict
-from dino_value.training.designer_update import Steer, open_scope
+from dino_value.training.designer_update import DesignerUpdate, open_scope
 from dino_value.training.feedback import FeedbackTask, batch_gradient
 from dino_value.training.steps import make_views
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 from dino_value.value import (
     Gradient,
     ProbeResult,
@@ -108,7 +108,7 @@ def probe_run(
         raise UserError(f"{folder}: a baseline run has no feedback; probe a run of method=value or method=random")
     for task in (config.feedback.seg, config.feedback.depth, config.feedback.classes):
         task.held = max(task.held, held)
-    run = Run(config)
+    run = Trainer(config)
     run.load_state_dict(load_checkpoint(what.checkpoint or folder))
     assert run.steer is not None
     if run.steer.updates == 0:
@@ -143,7 +143,7 @@ def probe_start(source: Path, overrides: Sequence[str], pairs: int) -> dict[str,
     # Before a run there is no burn-in to be too short: `direction_agreement` says what adam needs.
     before = [] if file.is_file() else [f"value.burn_in={ADAM_BURN_IN}"]
     config = load_config(file if file.is_file() else source, ["out=unused", *before, *overrides])
-    run = Run(config)
+    run = Trainer(config)
     if file.is_file():
         run.load_state_dict(load_checkpoint(source))
     elif config.start_from is not None:
@@ -159,7 +159,7 @@ class _Probe:
     """One θ, its g_down and held-out feedback, and any number of trial steps."""
 
     @as_configured
-    def __init__(self, run: Run, steer: Steer, seed: int, what: Probed) -> None:
+    def __init__(self, run: Trainer, steer: DesignerUpdate, seed: int, what: Probed) -> None:
         self.run, self.steer, self.what, config = run, steer, what, run.config
         run.student.eval()
         backbone = run.student.backbone
@@ -233,7 +233,7 @@ class _Probe:
 class _Held:
     """One task's loss on its held-out images as a function of θ_S, from hidden states computed once, in float64."""
 
-    def __init__(self, run: Run, steer: Steer, task: FeedbackTask) -> None:
+    def __init__(self, run: Trainer, steer: DesignerUpdate, task: FeedbackTask) -> None:
         self.weight, self.start = task.weight, steer.scope.start
         self.backbone: Backbone = copy.deepcopy(run.student.backbone).double()
         self.task = copy.copy(task)
@@ -271,7 +271,7 @@ def _sizes(batch: int, pool: int) -> list[int]:
     return sorted(size for size in sizes if size < pool)
 
 
-def _meta_gradient(run: Run, steer: Steer, task: FeedbackTask, first: int, count: int | None) -> Gradient:
+def _meta_gradient(run: Trainer, steer: DesignerUpdate, task: FeedbackTask, first: int, count: int | None) -> Gradient:
     """The mean over meta images `first` to `first + count`, or over the whole pool."""
     stream, size = task.meta_stream, task.meta_stream.batch_size
     last = stream.per_epoch * size if count is None else first + count

@@ -20,7 +20,7 @@ from dino_value.config import Config, load_config
 from dino_value.errors import UserError
 from dino_value.training.optim import NotFinite
 from dino_value.training.replay_file import read_replay
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 
 class Replay(NamedTuple):
@@ -41,7 +41,7 @@ def replay(path: Path, overrides: Sequence[str] = ()) -> Replay:
     """
     content = read_replay(path)
     config = _config(path, content["config"], overrides)
-    run = Run(config)
+    run = Trainer(config)
     run.guard.allowed = 0
     run.resume(content["state"])
     with _first_bad(run) as (found, bad):
@@ -84,7 +84,7 @@ def _config(path: Path, text: str, overrides: Sequence[str]) -> Config:
 
 
 @contextmanager
-def _first_bad(run: Run) -> Iterator[tuple[list[str], list[str]]]:
+def _first_bad(run: Trainer) -> Iterator[tuple[list[str], list[str]]]:
     """The names of modules whose outputs, and of student's parameters whose gradients, are not finite, in the order in
     which these are computed; before clipping, which spreads one bad gradient to all."""
     found: list[str] = []

@@ -32,7 +32,7 @@ from dino_value.runs.metrics import duration
 from dino_value.sweep import language
 from dino_value.sweep.claims import Claim, alone
 from dino_value.sweep.spec import Params, Sweep, is_named
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 if TYPE_CHECKING:
     import optuna
@@ -256,7 +256,7 @@ def _train(sweep: Sweep, config: Any) -> None:
     if sweep.kind == "vision":
         train(config, quiet=True)
     else:
-        from dino_value.language.train import train as train_language  # its libraries are an extra
+        from dino_value.language.trainer import train as train_language  # its libraries are an extra
 
         train_language(config, quiet=True)
 
@@ -270,7 +270,7 @@ def run_reference(sweep: Sweep, name: str) -> dict[str, float]:
     elif sweep.kind == "language":
         config.out = config.learner.model
     elif not (folder / WEIGHTS_NAME).is_file():
-        run = Run(config)
+        run = Trainer(config)
         if config.start_from is not None:
             run.start_from(load_checkpoint(packaged(config.start_from)))
         prepare_folder(config, folder)

@@ -22,7 +22,7 @@ from dino_value.training.steps import constant, evaluating, make_views
 from dino_value.value import Gradient, alignment, average, mean_gradient, norm, pre_gradient
 
 if TYPE_CHECKING:
-    from dino_value.training.designer_update import Steer
+    from dino_value.training.designer_update import DesignerUpdate
 
 FROM = 2**24
 """The number of the first unlabeled batch: no cursor comes there."""
@@ -32,7 +32,7 @@ OWN = 0.5
 """Largest agreement with shuffled labels, as a part of that."""
 
 
-def direction_agreement(steer: Steer, temperature: float, pairs: int = 1, batches: int = 2) -> dict[str, Any]:
+def direction_agreement(steer: DesignerUpdate, temperature: float, pairs: int = 1, batches: int = 2) -> dict[str, Any]:
     """Cosines of directions (`u`) and of what they change (`step`), each a list with one number a pair. Nothing that
     learns is changed.
 
@@ -80,7 +80,7 @@ def verdict(found: dict[str, list[float]]) -> str:
     return "the labels' own" if shuffled <= OWN * true else "reproducible"
 
 
-def _pair(steer: Steer, temperature: float, number: int, batches: int) -> dict[str, float]:
+def _pair(steer: DesignerUpdate, temperature: float, number: int, batches: int) -> dict[str, float]:
     tasks = [task for task in steer.feedback if not task.guard]
     seed = key(steer.config.seed, "agreement", number)
     halves = [[_half(steer, task, seed, half) for task in tasks] for half in (0, 1)]
@@ -100,7 +100,7 @@ def _pair(steer: Steer, temperature: float, number: int, batches: int) -> dict[s
     return {name: float(value) for name, value in found.items()}
 
 
-def _half(steer: Steer, task: FeedbackTask, seed: int, half: int, shuffle: bool = False) -> FeedbackTask:
+def _half(steer: DesignerUpdate, task: FeedbackTask, seed: int, half: int, shuffle: bool = False) -> FeedbackTask:
     """The task on one of two halves of its images, groups of images kept together."""
     train, meta = (_of_groups(task, indices, seed, half) for indices in (task.train_indices, task.meta_indices))
     ahead = steer.config.value.direction == "lookahead"  # which has no use for meta images
@@ -122,7 +122,7 @@ def _of_groups(task: FeedbackTask, indices: list[int], seed: int, half: int) -> 
     return [index for index in indices if task.source.group(index) in chosen]
 
 
-def _direction(steer: Steer, tasks: list[FeedbackTask], temperature: float, number: int) -> Gradient:
+def _direction(steer: DesignerUpdate, tasks: list[FeedbackTask], temperature: float, number: int) -> Gradient:
     """u of these tasks, as the first update makes it."""
     own, kept, steer.feedback = steer.feedback, steer.direction, tasks
     steps = steer.config.feedback.warmup + steer.config.feedback.updates
@@ -142,7 +142,7 @@ def _direction(steer: Steer, tasks: list[FeedbackTask], temperature: float, numb
         steer.feedback, steer.direction = own, kept
 
 
-def _changes(steer: Steer, u: Gradient, temperature: float, number: int, batches: int) -> Iterator[Gradient]:
+def _changes(steer: DesignerUpdate, u: Gradient, temperature: float, number: int, batches: int) -> Iterator[Gradient]:
     """g_pre as the designer makes it along u, less g_pre without it; one for each unlabeled batch."""
     kept, steer.direction = steer.direction, u
     try:
@@ -153,7 +153,7 @@ def _changes(steer: Steer, u: Gradient, temperature: float, number: int, batches
         steer.direction = kept
 
 
-def _g_pre(steer: Steer, temperature: float, name: str, place: int, designed: bool) -> Gradient:
+def _g_pre(steer: DesignerUpdate, temperature: float, name: str, place: int, designed: bool) -> Gradient:
     """On an unlabeled meta batch, as the designer makes it or plain."""
     backbone, config = steer.student.backbone, steer.config
     crops = steer.meta_stream.batch(FROM + place)

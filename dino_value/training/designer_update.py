@@ -20,9 +20,9 @@ from dino_value.distributed.collectives import alone
 from dino_value.distributed.fsdp import Plain
 from dino_value.distributed.fsdp import full as in_one_piece
 from dino_value.distributed.group import from_first, own_part
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import UserError, refusing
-from dino_value.objectives.interface import Draw, Objective, Parts, State
+from dino_value.objectives.interface import Draw, LossTerms, Objective, State
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.runs.checkpoint import load_checkpoint, snapshot
 from dino_value.runs.metrics import Meters
@@ -72,7 +72,7 @@ CHECK_IMAGES = 4  # of a meta batch, for the engine's start-up check
 RADIUS = 1e-2  # of the difference of log-probabilities along a direction; as `term_values`
 
 
-class Steer:
+class DesignerUpdate:
     """φ, the feedback that teaches it, and all of their state."""
 
     def __init__(
@@ -144,7 +144,7 @@ class Steer:
         return learned
 
     @torch.no_grad()
-    def chosen_views(self, views: Views, targets: Parts) -> Views:
+    def chosen_views(self, views: Views, targets: LossTerms) -> Views:
         """Of n candidates for each local slot the one of highest value, or the first before any update:
         [N·n·B 3 h w] to [N·B 3 h w]. The views as they are with another designer."""
         if self.config.designer.closed_form != "best_of_n":
@@ -160,7 +160,7 @@ class Steer:
         images = torch.arange(views.batch, device=values.device)
         return Views(views.large, small[best_of(values, n), images].flatten(0, 1))
 
-    def term_weights(self, states: Sequence[State], targets: Parts, draw: Draw) -> Parts | None:
+    def term_weights(self, states: Sequence[State], targets: LossTerms, draw: Draw) -> LossTerms | None:
         """Weights of the loss's terms, of mean one in each part of it, from hidden states that the step has anyway;
         none before the first update, or with another designer."""
         if self.config.designer.closed_form != "weights" or self.direction is None:
@@ -172,8 +172,8 @@ class Steer:
         return weights
 
     def moved_targets(
-        self, states: Sequence[State], predictions: Parts, targets: Parts, draw: Draw, step: int
-    ) -> Parts:
+        self, states: Sequence[State], predictions: LossTerms, targets: LossTerms, draw: Draw, step: int
+    ) -> LossTerms:
         """The targets that the learner is given at `step`: moved to where its predictions would go along −u, by at most
         `designer.kl`; as they are before the first update, or with another designer.
 
@@ -196,7 +196,9 @@ class Steer:
     def _noise_key(self, number: int) -> int:
         return key(self.config.seed, "noise", number, self.part.rank)
 
-    def moved(self, states: Sequence[State], predictions: Parts, targets: Parts, draw: Draw, seed: int) -> Parts:
+    def moved(
+        self, states: Sequence[State], predictions: LossTerms, targets: LossTerms, draw: Draw, seed: int
+    ) -> LossTerms:
         """`moved_targets`, and nothing is logged."""
         return self._move(states, predictions, targets, draw, seed)[0] if self.steers else targets
 
@@ -206,15 +208,15 @@ class Steer:
         followed = self.direction is not None or self.config.designer.closed_form is None
         return self.config.designer.moves_targets and followed
 
-    def _along(self, terms: Parts, draw: Draw) -> Tensor:
+    def _along(self, terms: LossTerms, draw: Draw) -> Tensor:
         """The loss's total of terms, of those parts alone that have targets."""
         with torch.autocast(self.device.type, enabled=False):
             return self.loss.total(self.loss.parts(terms, draw))
 
     @torch.no_grad()
     def _move(
-        self, states: Sequence[State], predictions: Parts, targets: Parts, draw: Draw, seed: int
-    ) -> tuple[Parts, Mover | None]:
+        self, states: Sequence[State], predictions: LossTerms, targets: LossTerms, draw: Draw, seed: int
+    ) -> tuple[LossTerms, Mover | None]:
         """The moved targets, and what moved them; none where nothing is to move."""
         d, v = self.config.designer, self.config.value
         mover = functools.partial(Mover, d.kl, d.strength)
@@ -229,7 +231,7 @@ class Steer:
         parameters, u = self.scope.parameters(self.student.backbone), self.direction
         tail, base = Tail(self.student), list(parameters.values())
 
-        def at(values: Sequence[Tensor]) -> Parts:
+        def at(values: Sequence[Tensor]) -> LossTerms:
             place, given = dict(zip(parameters, values, strict=True)), [detached(state) for state in states]
             with evaluating(self.student):
                 return tail.at(place, self.loss.predict, given, self.scope.start, draw)
@@ -252,7 +254,7 @@ class Steer:
         rates = (getattr(m, n, 0.0) for m in self.student.modules() for n in ("drop_prob", "prob", "p"))
         return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
-    def _weights(self, states: Sequence[State], targets: Parts, draw: Draw) -> tuple[Parts, Parts]:
+    def _weights(self, states: Sequence[State], targets: LossTerms, draw: Draw) -> tuple[LossTerms, LossTerms]:
         d = self.config.designer
         shapes: dict[str, torch.Size] = {}
 
@@ -472,7 +474,7 @@ class Steer:
         temperature: float,
         designer: nn.Module | None,
         seed: int | None = None,
-        part: Part | None = None,
+        part: BatchShard | None = None,
     ) -> SSLTask:
         seed = key(self.config.seed, "meta fill", self.updates) if seed is None else seed
         part = self.part if part is None else part

@@ -19,10 +19,10 @@ from dino_value.runs.checkpoint import read_state, write_state
 from dino_value.training.optim import NotFinite
 
 if TYPE_CHECKING:
-    from dino_value.training.trainer import Run
+    from dino_value.training.trainer import Trainer
 
 
-def save_replay(folder: Path, run: Run, refused: NotFinite) -> str:
+def save_replay(folder: Path, run: Trainer, refused: NotFinite) -> str:
     """Write RUN/nonfinite/step_N.pt; the command that replays it, or why it could not be written."""
     if distributed.world() > 1:
         return "a step of several processes is not kept: run it in one to replay it"

@@ -15,11 +15,11 @@ from dino_value.data.sampling import generator
 from dino_value.data.views import augment
 from dino_value.designers import fill_in, learned_views
 from dino_value.distributed.fsdp import shares
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import UserError
 from dino_value.models.backbone import Backbone, Hidden
 from dino_value.objectives.ijepa import IJEPA, PredictorSizes
-from dino_value.objectives.interface import Draw, Objective, Parts, State
+from dino_value.objectives.interface import Draw, LossTerms, Objective, State
 from dino_value.objectives.self_distillation import IBOT, Gram, HeadSizes, SelfDistillation
 from dino_value.training.optim import update_ema
 from dino_value.value import Scope
@@ -135,7 +135,7 @@ class Views(NamedTuple):
         """The views of the first `count` images."""
         return Views(*(group.unflatten(0, (-1, self.batch))[:, :count].flatten(0, 1) for group in self))
 
-    def part(self, part: Part) -> Views:
+    def part(self, part: BatchShard) -> Views:
         """The views of a part of the images."""
         return Views(part.rows(self.large, 2), part.rows(self.small, len(self.small) // self.batch))
 
@@ -148,7 +148,7 @@ def make_views(
     seed: int,
     name: str,
     number: int,
-    part: Part = WHOLE,
+    part: BatchShard = WHOLE,
 ) -> Views:
     """Augmented, normalised views of batch `number` of a stream; crops, of a part of it, are uint8 [2 B 3 H W] and
     [N B 3 h w]."""
@@ -160,7 +160,7 @@ def make_views(
 
 
 def design(
-    designer: nn.Module, views: Tensor, config: DesignerConfig, seed: int, part: Part = WHOLE, count: int = 2
+    designer: nn.Module, views: Tensor, config: DesignerConfig, seed: int, part: BatchShard = WHOLE, count: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Learned views [n 3 H W], `count` of each image of a part of the batch, and their masks [n 1 H W]; with φ's graph
     unless called under no_grad."""
@@ -172,7 +172,7 @@ def design(
 
 
 def design_views(
-    designer: nn.Module, views: Views, config: DesignerConfig, seed: int, part: Part = WHOLE
+    designer: nn.Module, views: Views, config: DesignerConfig, seed: int, part: BatchShard = WHOLE
 ) -> tuple[Views, Tensor]:
     """The learned views of a batch, and the masks [2B 1 H W] of its global crops; local crops only when asked."""
     large, masks = design(designer, views.large, config, seed, part)
@@ -248,16 +248,16 @@ class SSLTask:
         config: DesignerConfig,
         scope: Scope,
         seed: int,
-        part: Part = WHOLE,
+        part: BatchShard = WHOLE,
     ) -> None:
         self.student, self.teacher, self.loss, self.temperature = student, teacher, loss, temperature
         self.part = part
         self.designer, self.views, self.config, self.scope, self.seed = designer, views, config, scope, seed
         self.draw: Draw = loss.draw(views.large, student.backbone.patch_size, generator(seed, "objective"), part)
         self.masks: Tensor | None = None
-        self.weigh: Callable[[Sequence[State], Parts, Draw], Parts | None] | None = None
-        self.move: Callable[[Sequence[State], Parts, Parts, Draw], Parts] | None = None
-        self._weights: Parts | None = None
+        self.weigh: Callable[[Sequence[State], LossTerms, Draw], LossTerms | None] | None = None
+        self.move: Callable[[Sequence[State], LossTerms, LossTerms, Draw], LossTerms] | None = None
+        self._weights: LossTerms | None = None
         self._cuts: list[tuple[Tensor | None, tuple[int, int]] | None] = []
         self._targets: list[str] = []
         self._tail = Tail(student)
@@ -300,7 +300,7 @@ class SSLTask:
         hidden: tuple[Tensor, ...],
         parameters: dict[str, Tensor],
         groups: int,
-        weights: Parts | None = None,
+        weights: LossTerms | None = None,
         views: int | None = None,
     ) -> Tensor:
         """From the first `groups` of the student's states."""

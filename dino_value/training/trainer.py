@@ -31,7 +31,7 @@ from dino_value.models.backbone import WEIGHTS_NAME, backbone_weights, create_ba
 from dino_value.models.linear import choose_matmul, use_onednn
 from dino_value.models.weight_files import is_whole
 from dino_value.models.weights import Reading, fit_positions, load_head
-from dino_value.objectives.interface import Draw, Parts
+from dino_value.objectives.interface import Draw, LossTerms
 from dino_value.report.gallery import mask_pictures
 from dino_value.runs.checkpoint import (
     FOREIGN,
@@ -48,7 +48,7 @@ from dino_value.runs.folder import prepare_folder, record_environment
 from dino_value.runs.metrics import Clock, Meters, MetricsFile, Reporter, environment
 from dino_value.runs.process import Stops, choose_device, stop_requests, use_bfloat16
 from dino_value.runs.trackers import Trackers, check_trackers
-from dino_value.training.designer_update import Steer, not_finite
+from dino_value.training.designer_update import DesignerUpdate, not_finite
 from dino_value.training.feedback import FeedbackTask, Labels
 from dino_value.training.health import Checkup, CollapseWatch, Event
 from dino_value.training.optim import (
@@ -106,7 +106,7 @@ def _train(
     folder, first = Path(config.out), distributed.is_first()
     check_trackers(config.track)
     newest = distributed.from_first(lambda: latest_checkpoint(folder / "checkpoints"))
-    run = Run(config)
+    run = Trainer(config)
     checkup = Checkup(config) if config.health.every and first else None
     if newest is None and config.start_from is not None:
         run.start_from(load_checkpoint(packaged(config.start_from)))
@@ -209,7 +209,7 @@ def _train(
     return folder
 
 
-class Run:
+class Trainer:
     """Everything that must survive a kill, and the two updates of Algorithm 1."""
 
     @as_configured
@@ -258,12 +258,12 @@ class Run:
         self.batch: tuple[Tensor, ...] = ()  # of the present step
         self._events: list[Event] = []
         self.collapse = CollapseWatch(config, use_bfloat16(config, self.device))
-        self.steer: Steer | None = None
+        self.steer: DesignerUpdate | None = None
         self.labels: Labels | None = None
         if config.method == "finetune":
             self.labels = Labels(config, backbone.embed_dim, self.device)
         if config.designs or config.method == "oracle":
-            self.steer = Steer(
+            self.steer = DesignerUpdate(
                 config,
                 self.plain,
                 self.loss,
@@ -324,11 +324,11 @@ class Run:
             self.meters.add(loss=loss, **named, gradient_norm=gradient_norm, **self.loss.watch(targets))
         self.step += 1
 
-    def backward(self, views: Views, targets: Parts, draw: Draw, start: int | None) -> tuple[Tensor, Parts]:
+    def backward(self, views: Views, targets: LossTerms, draw: Draw, start: int | None) -> tuple[Tensor, LossTerms]:
         """The loss and, of this process, its parts; its gradient is left in the student, taken in
         `optim.accumulate` passes over equal parts of the batch."""
 
-        def parts_of(student: Learner, views: Views, targets: Parts, draw: Draw) -> Parts:
+        def parts_of(student: Learner, views: Views, targets: LossTerms, draw: Draw) -> LossTerms:
             steer, states, weights = self.steer, self.loss.states(student, views, start, draw), None
             predictions = self.loss.predict(student, states, start, draw)
             if steer is not None:
@@ -337,7 +337,7 @@ class Run:
             return self.loss.parts(self.loss.terms_of(predictions, targets), draw, weights)
 
         passes = WHOLE.split(self.config.optim.accumulate)
-        found: list[tuple[Tensor, Parts]] = []
+        found: list[tuple[Tensor, LossTerms]] = []
         self.optimizer.zero_grad()
         for part in passes:
             own = (targets, draw) if part == WHOLE else self.loss.cut(targets, draw, part)

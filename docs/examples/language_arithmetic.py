@@ -24,7 +24,7 @@ from dino_value.files import write_json
 from dino_value.language.arithmetic import write_problems, write_tiny_model
 from dino_value.language.config import METHODS, STEERED, load_language_config
 from dino_value.language.evaluate import evaluate
-from dino_value.language.train import train
+from dino_value.language.trainer import train
 from dino_value.runs.metrics import read_metrics
 
 CARELESS, SLIP = 0.6, 0.1

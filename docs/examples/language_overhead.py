@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from dino_value.language.config import load_language_config
-from dino_value.language.train import Run
+from dino_value.language.trainer import Trainer
 
 METHODS = ("baseline", "value")
 
@@ -46,8 +46,8 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return clock() - start
 
 
-def open_run(config: str, overrides: list[str], method: str) -> Run:
-    return Run(load_language_config(config, [*overrides, "out=unused", f"method={method}"]))
+def open_run(config: str, overrides: list[str], method: str) -> Trainer:
+    return Trainer(load_language_config(config, [*overrides, "out=unused", f"method={method}"]))
 
 
 def measure(config: str, rounds: int, overrides: list[str], parts: bool = False, memory: bool = True) -> str:
@@ -64,13 +64,13 @@ def measure(config: str, rounds: int, overrides: list[str], parts: bool = False,
     return table(runs, times, peaks)
 
 
-def period(run: Run) -> tuple[float, float]:
+def period(run: Trainer) -> tuple[float, float]:
     """Seconds of a learner step, and of the value updates in it, over one period."""
     spent, steps = clocked(run), run.config.value.period
     return timed(lambda: [run.learner_update() for _ in range(steps)], run.device) / steps, sum(spent) / steps
 
 
-def from_parts(run: Run) -> tuple[float, float]:
+def from_parts(run: Trainer) -> tuple[float, float]:
     """The same, from one micro-batch, one step of the optimizer and one value update."""
     o, v = run.config.optim, run.config.value
 
@@ -88,7 +88,7 @@ def from_parts(run: Run) -> tuple[float, float]:
     return o.accumulation * timed(micro_batch, run.device) + timed(optimizer, run.device) + update, update
 
 
-def clocked(run: Run) -> list[float]:
+def clocked(run: Trainer) -> list[float]:
     """A list that gets the seconds of the run's value updates from here on."""
     spent: list[float] = []
     if (steer := run.steer) is not None:
@@ -128,7 +128,7 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
-def table(runs: dict[str, Run], times: dict[str, Times], peaks: dict[str, int]) -> str:
+def table(runs: dict[str, Trainer], times: dict[str, Times], peaks: dict[str, int]) -> str:
     lines = [
         "| method | tokens/s | step s | ratio of throughput | value update | peak MiB | ratio of peak |",
         "|---|---|---|---|---|---|---|",

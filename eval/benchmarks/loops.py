@@ -65,7 +65,7 @@ class Setting:
 class Ours:
     """`dino-value train method=baseline`, all of it but the making of views."""
 
-    def __init__(self, run: train.Run, bf16: bool) -> None:
+    def __init__(self, run: train.Trainer, bf16: bool) -> None:
         self.run = run
 
     def step(self, views: Views) -> Callable[[], float]:
@@ -81,7 +81,7 @@ class Ours:
 class Peer:
     """Student and teacher with the weights of `run`, heads of another make, and AdamW as torch has it by default."""
 
-    def __init__(self, run: train.Run, head: Callable[[int, int, int, int], nn.Module], bf16: bool) -> None:
+    def __init__(self, run: train.Trainer, head: Callable[[int, int, int, int], nn.Module], bf16: bool) -> None:
         model: Any = run.student.backbone.model
         c = run.config.objective
 
@@ -117,7 +117,7 @@ class PlainHead(nn.Module):
 class Plain(Peer):
     """The paper's loop."""
 
-    def __init__(self, run: train.Run, bf16: bool) -> None:
+    def __init__(self, run: train.Trainer, bf16: bool) -> None:
         super().__init__(run, PlainHead, bf16)
         loss: Any = run.loss
         self.center, self.settings = loss.center.clone(), run.config.objective
@@ -170,7 +170,7 @@ class Lightly(Peer):
         UserError: lightly is not installed.
     """
 
-    def __init__(self, run: train.Run, bf16: bool) -> None:
+    def __init__(self, run: train.Trainer, bf16: bool) -> None:
         try:
             from lightly.loss import DINOLoss
             from lightly.models.modules import DINOProjectionHead
@@ -198,7 +198,7 @@ class Lightly(Peer):
         return loss.item
 
 
-LOOPS: dict[str, Callable[[train.Run, bool], Any]] = {"ours": Ours, "plain": Plain, "lightly": Lightly}
+LOOPS: dict[str, Callable[[train.Trainer, bool], Any]] = {"ours": Ours, "plain": Plain, "lightly": Lightly}
 
 
 def list_of_crops(views: Views) -> list[Tensor]:
@@ -230,7 +230,7 @@ def serve(pipe: Connection, setting: Setting, threads: int, clock: str) -> None:
             torch.set_flush_denormal(setting.flush)  # before there are threads, which inherit it
         before, flops, views = _peak(device), 0, Views(torch.empty(0), torch.empty(0))
         with mock.patch.object(train, "choose_device", return_value=device):  # which would set the flag
-            run = train.Run(setting.config)
+            run = train.Trainer(setting.config)
         if setting.config.start_from is not None:
             run.start_from(load_checkpoint(packaged(setting.config.start_from)))
         loop = LOOPS[setting.loop](run, setting.bf16)

@@ -57,11 +57,11 @@ def test_units_a_metre(units: float, tmp_path: Path) -> None:
 
 
 def test_the_units_of_a_configuration_reach_feedback(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    from dino_value.training.trainer import Run
+    from dino_value.training.trainer import Trainer
 
     root = pairs(tmp_path / "kitti", 256, np.full((24, 24), 40.0), (24, 24))
     keys = ["data.depth_units=256", "data.max_depth=80", f"data.nyuv2={root}", "data.ade20k=null"]
-    run = Run(tiny(*keys, "feedback.batch_size=2", "feedback.depth={train: 2, meta: 1}", "designer.name=weights"))
+    run = Trainer(tiny(*keys, "feedback.batch_size=2", "feedback.depth={train: 2, meta: 1}", "designer.name=weights"))
     assert run.steer is not None
     (task,) = run.steer.feedback
     assert task.source.load(0)[1].unique().tolist() == [40]

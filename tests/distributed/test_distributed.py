@@ -26,13 +26,13 @@ from dino_value.arguments import exit_code
 from dino_value.config import Config, load_config
 from dino_value.distributed import group as distributed
 from dino_value.distributed.fsdp import check_sharding, collect
-from dino_value.distributed.shards import WHOLE, Part
+from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import EXIT_DONE, EXIT_LOST, EXIT_RESUMABLE, EXIT_USER, UserError
 from dino_value.models.backbone import load_backbone
 from dino_value.models.weight_files import read_weights
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
 ALL = ["objective.centering=sinkhorn", "objective.koleo=0.1", "objective.gram.weight=1", "objective.gram.level=batch"]
@@ -87,7 +87,7 @@ def steps(config: Config, count: int = STEPS) -> dict[str, Any]:
     """What a few steps leave behind: gradients of θ and φ (the last), and all of the state."""
     if config.value.direction == "adam":
         config.value.burn_in = 1  # fewer than a run may have: moments of one step are enough to compare
-    run = Run(config)
+    run = Trainer(config)
     for large, small in run.stream.iterate(0, count):
         run.learner_update(large, small)
     run.meters.average()
@@ -231,12 +231,12 @@ def test_accumulated_passes_are_the_step_of_the_whole_batch(tiny: Callable[..., 
 
 
 def test_parts() -> None:
-    assert [WHOLE.of(5), Part(0, 2).of(5), Part(1, 2).of(5)] == [slice(0, 5), slice(0, 2), slice(2, 5)]
+    assert [WHOLE.of(5), BatchShard(0, 2).of(5), BatchShard(1, 2).of(5)] == [slice(0, 5), slice(0, 2), slice(2, 5)]
     rows = torch.arange(12)  # three views of four images
-    assert Part(1, 2).rows(rows, 3).tolist() == [2, 3, 6, 7, 10, 11]
-    assert Part(1, 2).rows(rows[:0], 0).numel() == 0
+    assert BatchShard(1, 2).rows(rows, 3).tolist() == [2, 3, 6, 7, 10, 11]
+    assert BatchShard(1, 2).rows(rows[:0], 0).numel() == 0
     assert torch.equal(
-        torch.cat([part.rows(rows, 1) for part in Part(1, 2).split(3)]), Part(1, 2).rows(rows, 1)
+        torch.cat([part.rows(rows, 1) for part in BatchShard(1, 2).split(3)]), BatchShard(1, 2).rows(rows, 1)
     )  # parts of a part
 
 
@@ -247,16 +247,16 @@ def work(rank: int, count: int, port: str, yaml: str, overrides: list[str], faul
     """`dino-value train` as a launcher starts it; something may happen to process 1 at step 2."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    before = Run.learner_update
+    before = Trainer.learner_update
 
-    def update(run: Run, large: Tensor, small: Tensor) -> None:
+    def update(run: Trainer, large: Tensor, small: Tensor) -> None:
         if fault and rank == 1 and run.step == 2:
             if fault == "an error":
                 raise UserError("a broken image")
             os.kill(os.getpid(), {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM}[fault])
         before(run, large, small)
 
-    Run.learner_update = update  # type: ignore[method-assign]
+    Trainer.learner_update = update  # type: ignore[method-assign]
     with open(log, "w", buffering=1) as file, contextlib.redirect_stderr(file):
         sys.exit(exit_code(lambda: EXIT_DONE if train(load_config(yaml, overrides), quiet=True) else EXIT_USER))
 

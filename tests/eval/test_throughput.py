@@ -33,7 +33,7 @@ def options(tmp_path: Path) -> argparse.Namespace:
 
 def curve(options: argparse.Namespace, loop: str, *overrides: str) -> list[float]:
     """Losses of a loop, in this process."""
-    run = loops.train.Run(throughput.configure(options, "precision=fp32", *overrides))
+    run = loops.train.Trainer(throughput.configure(options, "precision=fp32", *overrides))
     made = loops.LOOPS[loop](run, False)
     return [made.step(views)() for views in throughput.view_batches(options)]
 

@@ -15,7 +15,7 @@ from dino_value import cli
 from dino_value.config import Config
 from dino_value.errors import UserError
 from dino_value.runs.checkpoint import load_checkpoint
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 
@@ -107,14 +107,14 @@ def test_data_that_disappear(
     whole = train(
         tiny("steps=6", *paths, f"data.skip_unreadable={skip}".lower(), f"out={tmp_path / 'whole'}"), quiet=True
     )
-    update = Run.learner_update
+    update = Trainer.learner_update
 
-    def updated(self: Run, *batch: object) -> None:
+    def updated(self: Trainer, *batch: object) -> None:
         if self.step == 3:
             (data / lost).rename(data / "gone")
         update(self, *batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "learner_update", updated)
+    monkeypatch.setattr(Trainer, "learner_update", updated)
     said = "none of 1?[0-9] images can be read" if skip and lost == "images" else rf"{lost}.*cannot be read as an image"
     with pytest.raises(UserError, match=said) as caught:
         train(config, quiet=True)
@@ -128,14 +128,14 @@ def test_data_that_disappear(
 def test_a_run_folder_that_disappears(
     tiny_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    update, out = Run.learner_update, tmp_path / "run"
+    update, out = Trainer.learner_update, tmp_path / "run"
 
-    def updated(self: Run, *batch: object) -> None:
+    def updated(self: Trainer, *batch: object) -> None:
         if self.step == 3:
             shutil.rmtree(out)
         update(self, *batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Run, "learner_update", updated)
+    monkeypatch.setattr(Trainer, "learner_update", updated)
     assert cli.main(["train", str(tiny_yaml), f"out={out}", "method=baseline", "--quiet"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "step 4 could not be saved (" in line

@@ -23,7 +23,7 @@ from dino_value.data.matlab import read_arrays
 from dino_value.data.nyuv2 import valid_depth
 from dino_value.errors import UserError
 from dino_value.runs.checkpoint import read_state, snapshot, write_state
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File")
 
@@ -158,13 +158,13 @@ def test_checkpoints(state: dict[str, Any], place: int, bit: int) -> None:
 
 
 @pytest.fixture
-def run(tiny: Callable[..., Config]) -> Run:
-    return Run(tiny("method=baseline"))
+def run(tiny: Callable[..., Config]) -> Trainer:
+    return Trainer(tiny("method=baseline"))
 
 
 @settings(quick, max_examples=30)
 @given(data=st.data())
-def test_trees_of_another_kind(run: Run, data: st.DataObject) -> None:
+def test_trees_of_another_kind(run: Trainer, data: st.DataObject) -> None:
     """A whole checkpoint in which a part is missing or something else."""
     state = run.state_dict()
     name = data.draw(st.sampled_from(sorted(state)))

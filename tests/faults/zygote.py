@@ -27,7 +27,7 @@ import torch
 from dino_value import cli
 from dino_value.models import backbone as backbones
 from dino_value.runs.metrics import MetricsFile
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 
 def kill_at(count: int) -> None:
@@ -89,16 +89,16 @@ def drop_privileges() -> None:
 
 def watch(path: str) -> None:
     """Append [resident KiB, open files, threads] at every step."""
-    update, file = Run.learner_update, open(path, "w")  # noqa: SIM115 (closed with the process)
+    update, file = Trainer.learner_update, open(path, "w")  # noqa: SIM115 (closed with the process)
 
-    def updated(self: Run, *batch: Any) -> None:
+    def updated(self: Trainer, *batch: Any) -> None:
         update(self, *batch)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         row = [pages * resource.getpagesize() // 1024, len(os.listdir("/proc/self/fd")), threading.active_count()]
         file.write(json.dumps(row) + "\n")
         file.flush()
 
-    Run.learner_update = updated  # type: ignore[method-assign]
+    Trainer.learner_update = updated  # type: ignore[method-assign]
 
 
 def child(order: dict[str, Any]) -> int:

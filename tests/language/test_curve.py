@@ -11,7 +11,7 @@ import pytest
 from dino_value.cli import main
 from dino_value.language.config import LanguageConfig
 from dino_value.language.curve import token_curve
-from dino_value.language.train import train
+from dino_value.language.trainer import train
 
 
 def test_the_best_so_far() -> None:

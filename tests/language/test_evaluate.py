@@ -29,7 +29,7 @@ from dino_value.language.generate import generate
 from dino_value.language.learner import Learner
 from dino_value.language.stream import ExampleSet
 from dino_value.language.text import Encoder, read_examples
-from dino_value.language.train import train
+from dino_value.language.trainer import train
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 4), (5, 3, 3)])

@@ -16,13 +16,13 @@ from torch import Tensor
 from dino_value.errors import UserError
 from dino_value.language import steer as steer_module
 from dino_value.language.config import LanguageConfig
+from dino_value.language.designer_update import DesignerUpdate, TargetTask, ValueMap
 from dino_value.language.downstream import answer_gradient, look_ahead
 from dino_value.language.learner import Learner
 from dino_value.language.probe import probe_run
-from dino_value.language.steer import Steer, TargetTask, ValueMap
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.text import Encoder, read_examples
-from dino_value.language.train import Run, train
+from dino_value.language.trainer import Trainer, train
 from dino_value.language.value_map import map_run
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
@@ -40,8 +40,8 @@ def batches(root: Path, encoder: Encoder) -> list[Batch]:
     return [examples.batch(number) for number in range(2)]
 
 
-def steered(config: LanguageConfig, steps: int = 0) -> tuple[Run, Steer]:
-    run = Run(config)
+def steered(config: LanguageConfig, steps: int = 0) -> tuple[Trainer, DesignerUpdate]:
+    run = Trainer(config)
     for _ in range(steps):
         run.learner_update()
     assert run.steer is not None
@@ -186,14 +186,14 @@ def test_a_random_direction_has_its_norms_and_is_kept_as_long(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, methods: tuple[str, str]
 ) -> None:
     seen: dict[str, list[list[Tensor]]] = {method: [] for method in methods}
-    real = Steer.downstream
+    real = DesignerUpdate.downstream
 
-    def noting(steer: Steer, domain: str, number: int) -> Any:
+    def noting(steer: DesignerUpdate, domain: str, number: int) -> Any:
         gradient, found = real(steer, domain, number)
         seen[steer.config.method].append(gradient)
         return gradient, found
 
-    monkeypatch.setattr(Steer, "downstream", noting)
+    monkeypatch.setattr(DesignerUpdate, "downstream", noting)
     for method in seen:
         _, steer = steered(tiny(f"method={method}", *AHEAD, "targets.alpha_max=0"), 5)  # the learners stay the same
         if "closed_form" in method:
@@ -337,7 +337,7 @@ def test_shuffled_feedback_has_others_answers_and_all_else_the_same(tiny: Tiny) 
 def test_every_method_reads_the_shuffled_answers(tiny: Tiny, options: tuple[str, ...]) -> None:
     losses = []
     for flag in ("false", "true"):
-        run = Run(tiny(*options, f"feedback.shuffle={flag}"))
+        run = Trainer(tiny(*options, f"feedback.shuffle={flag}"))
         run.learner_update()
         losses.append(run.meters.read()["feedback_loss"])
     assert losses[0] != losses[1]

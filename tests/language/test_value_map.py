@@ -9,9 +9,9 @@ import torch
 
 from dino_value.cli import main
 from dino_value.language.config import LanguageConfig
+from dino_value.language.designer_update import TargetTask
 from dino_value.language.probe import feedback_gradient, open_steered
-from dino_value.language.steer import TargetTask
-from dino_value.language.train import train
+from dino_value.language.trainer import train
 from dino_value.language.value_map import map_run
 
 Tiny = Callable[..., LanguageConfig]

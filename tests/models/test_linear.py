@@ -18,7 +18,7 @@ from dino_value.errors import UserError
 from dino_value.models.backbone import create_backbone
 from dino_value.models.blocks import unknown
 from dino_value.models.linear import OneDNNLinear, choose_matmul, linear, use_onednn
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(linear_module._probe() is not None, reason="this torch has no oneDNN")
@@ -140,7 +140,7 @@ def test_a_run_by_it_is_the_run(tiny: Callable[..., Config], overrides: list[str
     """An update of φ and a learner step: the same but for rounding, which Adam would amplify in later ones."""
     found = []
     for matmul in ("torch", "onednn"):
-        run = Run(tiny(f"matmul={matmul}", "value.burn_in=0", *overrides))
+        run = Trainer(tiny(f"matmul={matmul}", "value.burn_in=0", *overrides))
         layers = [part for part in run.student.modules() if isinstance(part, nn.Linear)]
         assert {type(part) for part in layers} == {nn.Linear if matmul == "torch" else OneDNNLinear}
         run.learner_update(*run.stream.batch(0))

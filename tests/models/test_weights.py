@@ -36,7 +36,7 @@ from dino_value.models.weights import (
 )
 from dino_value.objectives.dino import DINOHead
 from dino_value.runs.checkpoint import load_checkpoint
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 RECORDED = {"embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -447,7 +447,7 @@ def test_a_run_begins_with_the_heads_of_a_checkpoint(
 ) -> None:
     """Student and teacher each with their own, whose logits are the published ones; and the teacher's centre."""
     content = training_checkpoint(tmp_path / "checkpoint.pth")
-    run = Run(tiny(*HEAD, *NARROW))
+    run = Trainer(tiny(*HEAD, *NARROW))
     run.start_head(str(tmp_path / "checkpoint.pth"))
     values = recorded("dino_vit")
     close(run.teacher.head(values["cls32"]), values["head_of_cls32"])
@@ -601,7 +601,7 @@ def test_a_run_at_another_resolution_starts_from_the_resampled_table(
     first = train(tiny(*PUBLISHED, f"out={tmp_path / 'first'}"), quiet=True)
     table = load_checkpoint(first)["teacher"]["backbone.model.pos_embed"]
     larger = [part for part in PUBLISHED if "weights" not in part and "global" not in part]
-    run = Run(tiny(*larger, "views.global_size=42", f"start_from={first}"))
+    run = Trainer(tiny(*larger, "views.global_size=42", f"start_from={first}"))
     run.start_from(load_checkpoint(first))
     for learner in (run.student, run.teacher):
         assert torch.equal(learner.backbone.model.pos_embed, DINO.resample(table, (3, 3), 1))

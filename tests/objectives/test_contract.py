@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_value.distributed.shards import Part
+from dino_value.distributed.shards import BatchShard
 from dino_value.models.backbone import create_backbone
 from dino_value.objectives.ijepa import IJEPA, PredictorSizes
-from dino_value.objectives.interface import Objective, Parts
+from dino_value.objectives.interface import LossTerms, Objective
 from dino_value.objectives.self_distillation import IBOT, Gram, HeadSizes, SelfDistillation
 from dino_value.training.steps import Learner
 from dino_value.value import Mover
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     teacher: Learner
     views: tuple[Tensor, Tensor]
     draw: Any
-    targets: Parts
+    targets: LossTerms
 
     def states(self, start: int | None) -> list[Any]:
         return self.loss.states(self.student, self.views, start, self.draw)
@@ -109,7 +109,7 @@ def test_every_target_is_compared_with_a_prediction(make: Callable[[Any], Object
         assert predictions["koleo"].shape == (2 * IMAGES, KWARGS["embed_dim"])
 
 
-def said(one: Batch) -> Parts:
+def said(one: Batch) -> LossTerms:
     with torch.no_grad():
         return one.loss.predict(one.student, one.states(None), None, one.draw)
 
@@ -189,7 +189,7 @@ def test_a_part_of_a_batch_is_moved_as_in_the_whole(name: str) -> None:
     here = said(one)
     there = {key: value + 0.3 * torch.randn_like(value) for key, value in here.items()}
     whole = one.loss.move(one.targets, here, there, Mover(strength=1.0))
-    part = Part(1, 3)
+    part = BatchShard(1, 3)
     targets, draw = one.loss.cut(one.targets, one.draw, part)
     views = [part.rows(group, len(group) // IMAGES) if len(group) else group for group in one.views]
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dino_value.config import load_config
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 CONFIG = """
 method: baseline
@@ -61,7 +61,7 @@ def curve(folder: Path) -> list[float]:
     (folder / "images").mkdir()
     write_images(folder / "images")
     (folder / "golden.yaml").write_text(CONFIG.replace("IMAGES", str(folder / "images")))
-    run = Run(load_config(folder / "golden.yaml", [f"out={folder / 'run'}"]))
+    run = Trainer(load_config(folder / "golden.yaml", [f"out={folder / 'run'}"]))
     losses = []
     for large, small in run.stream.iterate(0, run.config.steps):
         run.learner_update(large, small)

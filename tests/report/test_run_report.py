@@ -16,7 +16,7 @@ from dino_value.errors import UserError
 from dino_value.files import write_bytes, write_json, write_text
 from dino_value.language.arithmetic import write_problems, write_tiny_model
 from dino_value.language.config import load_language_config
-from dino_value.language.train import train as train_language
+from dino_value.language.trainer import train as train_language
 from dino_value.models.backbone import save_backbone
 from dino_value.report.figures import results_figure
 from dino_value.report.gallery import held_out_images

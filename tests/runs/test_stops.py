@@ -21,7 +21,7 @@ from dino_value.models.backbone import Backbone
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.process import stop_requests
 from dino_value.training import designer_update as steer_module
-from dino_value.training.designer_update import Steer
+from dino_value.training.designer_update import DesignerUpdate
 from dino_value.training.trainer import train
 
 IN_TIME = 2.0  # seconds from the signal to the end
@@ -110,8 +110,8 @@ BUSY: dict[str, tuple[Any, str, Sequence[str]]] = {
     "decoding into memory": (data_module, "read_image", ["data.in_memory=true"]),
     "compiling": (Backbone, "configure", []),
     "fitting heads": (steer_module, "fit_heads", []),
-    "warming a designer up": (Steer, "update", ["value.warmup=3"]),
-    "warming a designer up after burn-in": (Steer, "update", ["value.burn_in=3", "checkpoint.every=100"]),
+    "warming a designer up": (DesignerUpdate, "update", ["value.warmup=3"]),
+    "warming a designer up after burn-in": (DesignerUpdate, "update", ["value.burn_in=3", "checkpoint.every=100"]),
 }
 
 

@@ -22,7 +22,7 @@ from dino_value.runs import trackers
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
 from dino_value.runs.trackers import Trackers
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 
@@ -124,7 +124,7 @@ def test_one_that_cannot_be_opened_is_left_out(
 
 def test_a_run_without_masks_has_no_picture(tiny: Make) -> None:
     config = tiny("method=baseline")
-    assert mask_pictures(config, Run(config).steer) == {}
+    assert mask_pictures(config, Trainer(config).steer) == {}
 
 
 def test_mistakes_are_named_before_anything_is_done(

@@ -14,7 +14,7 @@ from dino_value.config import Config, load_config
 from dino_value.errors import UserError
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.studies.probe import Probed, probe_run
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 
@@ -95,7 +95,7 @@ def test_g_down_of_all_batches_is_their_mean(tiny: Make) -> None:
     from dino_value.value import combine
 
     folder = train(tiny("feedback.seg.train=4", "feedback.seg.meta=8", "data.nyuv2=null"), quiet=True)
-    run = Run(load_config(folder / "config.yaml"))
+    run = Trainer(load_config(folder / "config.yaml"))
     run.load_state_dict(load_checkpoint(folder))
     assert run.steer is not None
     (task,) = run.steer.feedback

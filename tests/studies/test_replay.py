@@ -18,21 +18,21 @@ from dino_value.runs.metrics import read_metrics
 from dino_value.studies.replay import replay
 from dino_value.training.feedback import FeedbackTask
 from dino_value.training.steps import Learner
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 
 
 def spoil_batches(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     """At these steps the loss of the image that comes first is not a number."""
-    update = Run.learner_update
+    update = Trainer.learner_update
 
-    def updated(self: Run, large: torch.Tensor, small: torch.Tensor) -> None:
+    def updated(self: Trainer, large: torch.Tensor, small: torch.Tensor) -> None:
         if self.step in bad:
             large = large.float().index_fill(1, torch.tensor([0]), math.nan)
         update(self, large, small)
 
-    monkeypatch.setattr(Run, "learner_update", updated)
+    monkeypatch.setattr(Trainer, "learner_update", updated)
 
 
 @pytest.mark.parametrize("method", ["value", "baseline"])
@@ -70,13 +70,13 @@ def test_a_replay_is_exact(tiny: Make, tmp_path: Path, monkeypatch: pytest.Monke
     armed, learning = list[bool](), list[bool]()
     monkeypatch.setattr(SelfDistillation, "predict", watched)
     monkeypatch.setattr(SelfDistillation, "terms_of", spoilt)
-    update = Run.learner_update
+    update = Trainer.learner_update
 
-    def updated(self: Run, large: torch.Tensor, small: torch.Tensor) -> None:
+    def updated(self: Trainer, large: torch.Tensor, small: torch.Tensor) -> None:
         armed[:] = [True] * (self.step == 3)
         update(self, large, small)
 
-    monkeypatch.setattr(Run, "learner_update", updated)
+    monkeypatch.setattr(Trainer, "learner_update", updated)
     config = tiny(
         "steps=6",
         "value.period=3",
@@ -95,7 +95,7 @@ def test_a_replay_is_exact(tiny: Make, tmp_path: Path, monkeypatch: pytest.Monke
     assert math.isinf(found.terms["loss_koleo"][0])
     assert found.module is None  # the loss itself
     armed.clear()
-    monkeypatch.setattr(Run, "learner_update", update)
+    monkeypatch.setattr(Trainer, "learner_update", update)
     with pytest.raises(UserError, match="every term of step 3 is finite this time"):
         replay(tmp_path / "run" / "nonfinite" / "step_00000003.pt")
 

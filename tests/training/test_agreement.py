@@ -14,7 +14,7 @@ from dino_value.config import Config
 from dino_value.errors import UserError
 from dino_value.training import agreement as agreement_module
 from dino_value.training.agreement import OWN, REPRODUCIBLE, direction_agreement, verdict
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 Make = Callable[..., Config]
 
@@ -32,7 +32,7 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def measured(run: Run, pairs: int = 1) -> dict[str, list[float]]:
+def measured(run: Trainer, pairs: int = 1) -> dict[str, list[float]]:
     assert run.steer is not None
     return direction_agreement(run.steer, run.teacher_temperature(), pairs)
 
@@ -75,7 +75,7 @@ GIVEN = {
 
 @pytest.mark.parametrize("overrides", GIVEN.values(), ids=GIVEN.keys())
 def test_measuring_leaves_the_run_as_it_was_and_says_the_same_again(tiny: Make, overrides: list[str]) -> None:
-    run = Run(tiny(*overrides, *LABELS))
+    run = Trainer(tiny(*overrides, *LABELS))
     for large, small in run.stream.iterate(0, 1):  # with a direction of its own, and memories
         run.learner_update(large, small)
     steer = run.steer
@@ -100,7 +100,7 @@ def test_measuring_leaves_the_run_as_it_was_and_says_the_same_again(tiny: Make, 
 
 
 def test_pairs_are_repetitions(tiny: Make) -> None:
-    found = measured(Run(tiny(*AHEAD, *LABELS)), pairs=2)
+    found = measured(Trainer(tiny(*AHEAD, *LABELS)), pairs=2)
     assert all(len(part) == 2 for part in found.values())
     assert found["u_true"][0] != found["u_true"][1]
     mean = {name: [sum(found[name]) / 2] for name in ("step_true", "step_shuffled")}
@@ -108,7 +108,7 @@ def test_pairs_are_repetitions(tiny: Make) -> None:
 
 
 def test_halves_share_no_image_and_only_the_third_is_shuffled(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tiny("designer=targets", "value.direction=dot", "feedback.warmup=0", *LABELS))
+    run = Trainer(tiny("designer=targets", "value.direction=dot", "feedback.warmup=0", *LABELS))
     seen: list[list[Any]] = []
     made = agreement_module._direction
 
@@ -148,7 +148,7 @@ def test_halves_share_no_image_and_only_the_third_is_shuffled(tiny: Make, monkey
 )
 def test_a_run_whose_direction_no_closed_form_follows(tiny: Make, overrides: list[str]) -> None:
     with pytest.raises(UserError, match=r"choose method=value, designer\.name=targets or weights") as caught:
-        measured(Run(tiny(*overrides)))
+        measured(Trainer(tiny(*overrides)))
     assert "\n" not in str(caught.value)
 
 
@@ -160,7 +160,7 @@ def test_a_run_whose_direction_no_closed_form_follows(tiny: Make, overrides: lis
     ],
 )
 def test_too_few_labels_for_two_halves(tiny: Make, overrides: list[str], message: str) -> None:
-    run = Run(tiny(*overrides))
+    run = Trainer(tiny(*overrides))
     assert run.steer is not None
     feedback = list(run.steer.feedback)
     with pytest.raises(UserError, match=message):
@@ -170,6 +170,6 @@ def test_too_few_labels_for_two_halves(tiny: Make, overrides: list[str], message
 
 
 def test_adam_without_a_step_of_the_optimizer(tiny: Make) -> None:
-    run = Run(tiny("designer=targets", "value.direction=adam", "value.burn_in=20", *LABELS))
+    run = Trainer(tiny("designer=targets", "value.direction=adam", "value.burn_in=20", *LABELS))
     with pytest.raises(UserError, match=r"value\.direction=adam .* before one has taken no step: measure it in a run"):
         measured(run)

@@ -17,7 +17,7 @@ from dino_value.models.backbone import create_backbone
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
 from dino_value.training import trainer as train_module
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 
@@ -83,7 +83,7 @@ def test_class_attention_is_the_one_that_the_block_computes(name: str, kwargs: d
 
 def test_an_adversarial_designer_raises_the_loss(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     arm = ["method=adversarial", "designer.lambda_spars=0", "designer.lambda_tv=0", "data.ade20k=null"]
-    run = Run(tiny(*arm, "data.nyuv2=null", "designer.lr=1e-3"))
+    run = Trainer(tiny(*arm, "data.nyuv2=null", "designer.lr=1e-3"))
     steer = run.steer
     assert steer is not None
     assert steer.feedback == []
@@ -112,10 +112,10 @@ def test_a_frozen_designer_is_the_other_runs_and_stays_so(tiny: Make, tmp_path: 
     assert same(taught["designer"], kept["designer"])
     assert (taught["updates"], kept["updates"]) == (2, 0)
     with pytest.raises(UserError, match=r"of another architecture than designer\.name=unet, width=8"):
-        Run(tiny(f"designer.start_from={value}", "designer.width=8"))
+        Trainer(tiny(f"designer.start_from={value}", "designer.width=8"))
     baseline = train(tiny("method=baseline", f"out={tmp_path / 'baseline'}"), quiet=True)
     with pytest.raises(UserError, match="this run has no mask generator"):
-        Run(tiny(f"designer.start_from={baseline}"))
+        Trainer(tiny(f"designer.start_from={baseline}"))
 
 
 def test_shuffled_labels_are_the_same_labels_on_other_images() -> None:
@@ -137,9 +137,9 @@ def test_no_image_keeps_its_own_label(count: int) -> None:
 
 
 def test_shuffled_maps_take_the_size_of_their_new_image(tiny: Make) -> None:
-    run = Run(tiny("feedback.shuffle=true"))
+    run = Trainer(tiny("feedback.shuffle=true"))
     assert run.steer is not None
-    plain = Run(tiny()).steer
+    plain = Trainer(tiny()).steer
     assert plain is not None
     task, other = run.steer.feedback[0], plain.feedback[0]
     images, labels = task.train_stream.batch(0)
@@ -153,7 +153,7 @@ def test_finetuning_lowers_the_labels_loss_on_all_labels_and_resumes(tiny: Make,
     whole = train(tiny(*arm, f"out={tmp_path / 'whole'}"), quiet=True)
     losses = rows(whole, "loss")
     assert sum(losses[-5:]) < sum(losses[:5])
-    run = Run(tiny(*arm))
+    run = Trainer(tiny(*arm))
     assert run.steer is None
     assert [len(task.train_indices) for task in run.feedback] == [12, 10]
     parted = tmp_path / "parted"

@@ -17,12 +17,12 @@ from dino_value.training.feedback import FeedbackTask, fit_head, fit_heads, head
 from dino_value.training.health import CollapseWatch
 from dino_value.training.optim import FiniteGuard
 from dino_value.training.steps import evaluating
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 
 
-def task_of(run: Run) -> FeedbackTask:
+def task_of(run: Trainer) -> FeedbackTask:
     assert run.steer is not None
     return run.steer.feedback[0]
 
@@ -32,7 +32,7 @@ def weights(task: FeedbackTask) -> list[torch.Tensor]:
 
 
 def test_without_a_pool_every_step_has_a_batch_of_its_own(tiny: Make) -> None:
-    runs = [Run(tiny()) for _ in range(2)]
+    runs = [Trainer(tiny()) for _ in range(2)]
     for _ in range(3):
         fit_head(task_of(runs[0]), runs[0].student.backbone, runs[0].device, FiniteGuard())
     fit_heads(task_of(runs[1]), runs[1].student.backbone, runs[1].device, FiniteGuard(), 3)
@@ -41,7 +41,7 @@ def test_without_a_pool_every_step_has_a_batch_of_its_own(tiny: Make) -> None:
 
 
 def test_a_pool_is_seen_once_and_used_in_turn(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tiny("feedback.pool=2"))
+    run = Trainer(tiny("feedback.pool=2"))
     task, backbone = task_of(run), run.student.backbone
     batches = [task.train_stream.batch(number) for number in range(2)]
     expected = copy.deepcopy(task)
@@ -58,7 +58,7 @@ def test_a_pool_is_seen_once_and_used_in_turn(tiny: Make, monkeypatch: pytest.Mo
 
 def test_lag_is_large_for_a_fresh_head_and_falls_as_it_is_fitted(tiny: Make) -> None:
     scenes = ["data.ade20k=scenes", "feedback.seg.train=128", "feedback.batch_size=16"]  # labels that can be learnt
-    run = Run(tiny("feedback.lr=0.02", *scenes, "feedback.depth.weight=0"))
+    run = Trainer(tiny("feedback.lr=0.02", *scenes, "feedback.depth.weight=0"))
     task, backbone = task_of(run), run.student.backbone
     with evaluating(run.student):
         fresh = float(head_lag(task, backbone, run.device, 0))
@@ -69,7 +69,7 @@ def test_lag_is_large_for_a_fresh_head_and_falls_as_it_is_fitted(tiny: Make) -> 
 
 
 def test_measuring_lag_changes_nothing(tiny: Make) -> None:
-    run = Run(tiny())
+    run = Trainer(tiny())
     task = task_of(run)
     before, count = weights(task), task.train.count
     first = float(head_lag(task, run.student.backbone, run.device, 3))

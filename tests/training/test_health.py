@@ -33,7 +33,7 @@ from dino_value.training.health import (
     rankme,
     unlabeled_images,
 )
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
@@ -90,7 +90,7 @@ def classes(tmp_path: Path) -> Path:
 
 def test_a_checkup_is_of_fixed_images(tiny: Make, classes: Path, tiny_data: Path) -> None:
     config = tiny("method=baseline", "health.every=1", "health.images=5", f"health.knn={classes}")
-    run, checkup = Run(config), Checkup(config)
+    run, checkup = Trainer(config), Checkup(config)
     files = sorted((tiny_data / "images").iterdir())
     images = torch.stack([cover_image(read_image(files[index]), (16, 16)) for index in (0, 3, 6, 9, 12)])
     assert torch.equal(checkup.images, images)
@@ -172,7 +172,7 @@ def test_a_run_with_health_goes_on_over_damaged_files(tiny: Make, nine: Path, cl
 
 
 def test_features_in_batches_and_in_float32(tiny: Make) -> None:
-    run = Run(tiny("method=baseline"))
+    run = Trainer(tiny("method=baseline"))
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     whole = class_features(run.teacher.backbone, images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -260,18 +260,18 @@ def test_two_halves_are_a_whole(tiny: Make, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(health_module, "CLOSE", 9.0)  # everything is uniform: said at step 6, first seen at step 2
     whole = train(tiny(f"out={tmp_path / 'whole'}", *common), quiet=True)
     config = tiny(f"out={tmp_path / 'halves'}", *common)
-    update = Run.learner_update
+    update = Trainer.learner_update
 
-    def stopped(self: Run, large: Tensor, small: Tensor) -> None:
+    def stopped(self: Trainer, large: Tensor, small: Tensor) -> None:
         update(self, large, small)
         if self.step == 4:
             raise Interrupted("stop")
 
-    monkeypatch.setattr(Run, "learner_update", stopped)
+    monkeypatch.setattr(Trainer, "learner_update", stopped)
     config.checkpoint.every = 3
     with pytest.raises(Interrupted):
         train(config, quiet=True)
-    monkeypatch.setattr(Run, "learner_update", update)
+    monkeypatch.setattr(Trainer, "learner_update", update)
     halves = train(config, quiet=True)
     assert same(load_checkpoint(whole), load_checkpoint(halves))
     assert rows(whole) == rows(halves)

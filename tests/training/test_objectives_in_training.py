@@ -26,7 +26,7 @@ from dino_value.objectives.sinkhorn import sinkhorn
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
 from dino_value.training.steps import SSLTask, Views, design_views, make_views
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 from dino_value.value import ENGINES, everything, inner, last_blocks, value_step
 
 Make = Callable[..., Config]
@@ -48,7 +48,7 @@ OPTIONS = {
 options = pytest.mark.parametrize("overrides", OPTIONS.values(), ids=OPTIONS.keys())
 
 
-def steps(run: Run, count: int) -> Run:
+def steps(run: Trainer, count: int) -> Trainer:
     for large, small in run.stream.iterate(run.step, run.step + count):
         run.learner_update(large, small)
     return run
@@ -67,7 +67,7 @@ def same(left: Any, right: Any) -> bool:
 # The learner's step
 
 
-def by_hand(run: Run, student: Any, teacher: Any, loss: Any, views: Views, step: int) -> dict[str, Tensor]:
+def by_hand(run: Trainer, student: Any, teacher: Any, loss: Any, views: Views, step: int) -> dict[str, Tensor]:
     """The parts of the learner's loss at `step`, from the backbones' pieces, image by image where that is not slow."""
     config, o = run.config, run.config.objective
     draws = generator(config.seed, "objective", step)
@@ -133,7 +133,7 @@ def by_hand(run: Run, student: Any, teacher: Any, loss: Any, views: Views, step:
 
 @options
 def test_the_learners_step_is_the_loss_by_hand(tiny: Make, overrides: list[str]) -> None:
-    run = steps(Run(tiny("method=baseline", "optim.clip=inf", *overrides)), 2)
+    run = steps(Trainer(tiny("method=baseline", "optim.clip=inf", *overrides)), 2)
     student, teacher, loss = copy.deepcopy([run.student, run.teacher, run.loss])
     run.meters.read()
     large, small = run.stream.batch(2)
@@ -158,7 +158,7 @@ def test_the_learners_step_is_the_loss_by_hand(tiny: Make, overrides: list[str])
 
 
 def test_by_default_there_is_dino_and_nothing_else(tiny: Make) -> None:
-    run = steps(Run(tiny("method=baseline")), 2)
+    run = steps(Trainer(tiny("method=baseline")), 2)
     values = run.meters.read()
     assert values["loss"] == values["loss_dino"]
     assert [name for name in values if name.startswith("loss_")] == ["loss_dino"]
@@ -168,16 +168,16 @@ def test_by_default_there_is_dino_and_nothing_else(tiny: Make) -> None:
 
 
 def test_centres_follow_both_heads_and_sinkhorn_has_none(tiny: Make) -> None:
-    moved = steps(Run(tiny("method=baseline", *IBOT)), 1)
+    moved = steps(Trainer(tiny("method=baseline", *IBOT)), 1)
     assert moved.loss.center.abs().max() > 0
     assert moved.loss.ibot.center.abs().max() > 0
-    still = steps(Run(tiny("method=baseline", *IBOT, "objective.centering=sinkhorn")), 1)
+    still = steps(Trainer(tiny("method=baseline", *IBOT, "objective.centering=sinkhorn")), 1)
     assert not still.loss.center.any()
     assert not still.loss.ibot.center.any()
 
 
 def test_the_gram_teacher_is_the_ema_teacher_of_its_last_refresh(tiny: Make) -> None:
-    run = Run(tiny("method=baseline", *GRAM))
+    run = Trainer(tiny("method=baseline", *GRAM))
     expected: Any = None
     for step in range(5):
         if step in (1, 3):
@@ -192,7 +192,7 @@ def test_the_gram_teacher_is_the_ema_teacher_of_its_last_refresh(tiny: Make) -> 
 
 
 def test_every_last_layer_is_frozen_at_first(tiny: Make) -> None:
-    run = Run(tiny("method=baseline", *IBOT, "objective.ibot.separate_head=true", "objective.freeze_last_layer=1"))
+    run = Trainer(tiny("method=baseline", *IBOT, "objective.ibot.separate_head=true", "objective.freeze_last_layer=1"))
     layers = [run.student.head.last_layer.weight, run.student.patch_head.last_layer.weight]
     before = [layer.clone() for layer in layers]
     steps(run, 1)
@@ -208,15 +208,15 @@ def test_two_halves_are_a_whole(
     common = ["steps=4", "log_every=2", "checkpoint.every=100", *overrides]
     whole = train(tiny(f"out={tmp_path / 'whole'}", *common), quiet=True)
     config = tiny(f"out={tmp_path / 'halves'}", *common)
-    update = Run.learner_update
+    update = Trainer.learner_update
 
-    def interrupted(self: Run, large: Tensor, small: Tensor) -> None:
+    def interrupted(self: Trainer, large: Tensor, small: Tensor) -> None:
         if self.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         update(self, large, small)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "learner_update", interrupted)
+        patch.setattr(Trainer, "learner_update", interrupted)
         with pytest.raises(Interrupted):
             train(config, quiet=True)
     halves = train(config, quiet=True)
@@ -228,7 +228,7 @@ def test_two_halves_are_a_whole(
 
 def test_a_run_may_start_from_one_with_fewer_options(tiny: Make, tmp_path: Path) -> None:
     first = train(tiny("method=baseline", *GRID, "steps=1", f"out={tmp_path / 'first'}"), quiet=True)
-    run = Run(tiny("method=baseline", *DINOV3, f"start_from={first}"))
+    run = Trainer(tiny("method=baseline", *DINOV3, f"start_from={first}"))
     run.start_from(load_checkpoint(first))
     state = load_checkpoint(first)
     loaded = dict(run.student.state_dict())
@@ -244,7 +244,7 @@ class Setting:
     """A run's task in float64, away from the symmetric start, on its first meta batch at learner step `step`."""
 
     def __init__(self, config: Config, whole: bool = False, step: int = 1) -> None:
-        run = Run(config)
+        run = Trainer(config)
         assert run.steer is not None
         torch.manual_seed(0)
         with torch.no_grad():
@@ -343,7 +343,7 @@ def test_each_part_changes_phis_gradient(tiny: Make, overrides: list[str]) -> No
 @pytest.mark.parametrize("overrides", [IBOT, DINOV3, IJEPA], ids=["ibot", "all of DINOv3", "ijepa"])
 def test_the_weighted_value_is_that_of_the_learners_gradient(tiny: Make, overrides: list[str], name: str) -> None:
     """⟨u, g_pre⟩ of the step that was taken, with weights on the terms of predictions."""
-    run = Run(tiny(*overrides, f"designer={name}", "optim.lr=0", "optim.clip=inf", "designer.lr=0"))
+    run = Trainer(tiny(*overrides, f"designer={name}", "optim.lr=0", "optim.clip=inf", "designer.lr=0"))
     with torch.no_grad():  # a fresh predictor hardly looks at its context: values would drown in rounding
         for parameter in run.student.head.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(0, "stir", parameter.numel())))
@@ -361,7 +361,7 @@ def test_the_weighted_value_is_that_of_the_learners_gradient(tiny: Make, overrid
 
 @options
 def test_a_value_run_trains(tiny: Make, overrides: list[str]) -> None:
-    run = steps(Run(tiny(*overrides, "feedback.seg.held=2", "feedback.depth.held=1", "value.diagnose=1")), 3)
+    run = steps(Trainer(tiny(*overrides, "feedback.seg.held=2", "feedback.depth.held=1", "value.diagnose=1")), 3)
     assert run.steer is not None
     assert run.steer.updates == 2
     values = run.meters.read()
@@ -377,7 +377,7 @@ def test_a_value_run_trains(tiny: Make, overrides: list[str]) -> None:
 def test_checkpointing_changes_no_gradient(tiny: Make, overrides: list[str], engine: str) -> None:
     found = []
     for on in (False, True):
-        run = Run(tiny(*overrides, f"value.engine={engine}", f"backbone.checkpointing={on}"))
+        run = Trainer(tiny(*overrides, f"value.engine={engine}", f"backbone.checkpointing={on}"))
         calls = [0]
 
         def count(*_: Any, calls: list[int] = calls) -> None:

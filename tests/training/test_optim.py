@@ -16,7 +16,7 @@ from dino_value.models.backbone import create_backbone
 from dino_value.objectives.dino import DINOHead
 from dino_value.training.optim import cosine_schedule, linear_schedule, lr_scale, parameter_groups, update_ema
 from dino_value.training.steps import Learner
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
 
@@ -169,14 +169,14 @@ def test_layer_decay_cuts_the_published_groups_and_moves_nothing_between_them() 
 DECAYED = ["method=baseline", "optim.layer_decay=0.5", "optim.patch_embed_lr_mult=0.2", "optim.warmup=2", "steps=6"]
 
 
-def steps(run: Run, count: int) -> Run:
+def steps(run: Trainer, count: int) -> Trainer:
     for large, small in run.stream.iterate(run.step, run.step + count):
         run.learner_update(large, small)
     return run
 
 
 def test_a_run_scales_its_schedule_by_layer(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny(*DECAYED, "optim.weight_decay_end=0.4"))
+    run = Trainer(tiny(*DECAYED, "optim.weight_decay_end=0.4"))
     names = {id(parameter): name for name, parameter in run.student.named_parameters()}
     for step in range(4):
         steps(run, 1)
@@ -193,7 +193,7 @@ def test_a_run_scales_its_schedule_by_layer(tiny: Callable[..., Config]) -> None
 def test_early_blocks_move_less(tiny: Callable[..., Config]) -> None:
     """One step of Adam without decay moves every weight by its learning rate."""
     plain = ["method=baseline", "optim.weight_decay=0", "optim.weight_decay_end=0", "optim.clip=.inf"]
-    run = Run(tiny(*plain, "optim.layer_decay=0.5"))
+    run = Trainer(tiny(*plain, "optim.layer_decay=0.5"))
     names = [f"backbone.model.blocks.{block}.mlp.fc1.weight" for block in range(3)] + ["head.mlp.0.weight"]
     before = [run.student.get_parameter(name).detach().clone() for name in names]
     steps(run, 1)
@@ -204,7 +204,7 @@ def test_early_blocks_move_less(tiny: Callable[..., Config]) -> None:
 
 
 def test_a_resumed_run_keeps_its_rates(tiny: Callable[..., Config]) -> None:
-    whole, first, second = Run(tiny(*DECAYED)), Run(tiny(*DECAYED)), Run(tiny(*DECAYED))
+    whole, first, second = Trainer(tiny(*DECAYED)), Trainer(tiny(*DECAYED)), Trainer(tiny(*DECAYED))
     steps(whole, 4)
     second.load_state_dict(steps(first, 2).state_dict())
     steps(second, 2)
@@ -222,7 +222,7 @@ def test_factors_outside_their_range(tiny_yaml: Path, key: str, value: str) -> N
 
 def test_a_frozen_backbone_is_untouched(tiny: Callable[..., Config]) -> None:
     """Bit for bit, the student's by the optimizer (weight decay, moments) and the teacher's by the average."""
-    run = Run(
+    run = Trainer(
         tiny("method=baseline", "optim.freeze_backbone=3", "optim.weight_decay=0.5", "optim.weight_decay_end=0.5")
     )
     before = {name: value.clone() for name, value in run.student.backbone.state_dict().items()}

@@ -26,7 +26,7 @@ from dino_value.runs.metrics import read_metrics
 from dino_value.training import lookahead as lookahead_module
 from dino_value.training.feedback import FeedbackTask
 from dino_value.training.lookahead import Labelled, labelled_loss, labelled_state, look_ahead, shuffled
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 from dino_value.value import Gradient, alignment, contrast, inner, mean_gradient, norm
 
 Make = Callable[..., Config]
@@ -52,7 +52,7 @@ OBJECTIVES = {
 }
 
 
-def steps(run: Run, count: int) -> Run:
+def steps(run: Trainer, count: int) -> Trainer:
     for large, small in run.stream.iterate(run.step, run.step + count):
         run.learner_update(large, small)
     return run
@@ -75,7 +75,7 @@ def same(left: Any, right: Any) -> bool:
     return len(pairs[0]) == len(pairs[1]) and all(map(torch.equal, *pairs))
 
 
-def theta(run: Run) -> dict[str, Any]:
+def theta(run: Trainer) -> dict[str, Any]:
     """Student, teacher, centre and the learner's optimizer."""
     state = run.state_dict()
     return {name: copy.deepcopy(state[name]) for name in ("student", "teacher", "objective", "optimizer")}
@@ -102,7 +102,7 @@ class Relabelled:
         return image, self._label(image, target)
 
 
-def relabel(run: Run, **labels: Callable[[Tensor, Any], Any]) -> Run:
+def relabel(run: Trainer, **labels: Callable[[Tensor, Any], Any]) -> Trainer:
     """With other labels of each kind; by default with other ones than they are."""
 
     def other(kind: str, classes: int) -> Callable[[Tensor, Any], Any]:
@@ -124,14 +124,14 @@ def relabel(run: Run, **labels: Callable[[Tensor, Any], Any]) -> Run:
 def test_targets_that_may_not_move_are_the_baseline(tiny: Make, overrides: list[str], name: str, nothing: str) -> None:
     """Bit for bit, stochastic depth included, though heads are fitted and directions made."""
     common = [*overrides, "backbone.kwargs.drop_path_rate=0.3"]
-    arm = steps(Run(tiny(*common, *AHEAD, f"designer={name}", nothing)), 4)
-    assert same(theta(arm), theta(steps(Run(tiny("method=baseline", *common)), 4)))
+    arm = steps(Trainer(tiny(*common, *AHEAD, f"designer={name}", nothing)), 4)
+    assert same(theta(arm), theta(steps(Trainer(tiny("method=baseline", *common)), 4)))
     assert (arm.steer.direction is not None) == (name == "targets")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["targets", "random_targets"])
 def test_before_burn_in_ends_targets_stay(tiny: Make, name: str) -> None:
-    arm, plain = (Run(tiny(*given)) for given in ([f"designer={name}", "value.burn_in=3"], ["method=baseline"]))
+    arm, plain = (Trainer(tiny(*given)) for given in ([f"designer={name}", "value.burn_in=3"], ["method=baseline"]))
     assert same(theta(steps(arm, 3)), theta(steps(plain, 3)))
     assert not same(theta(steps(arm, 1)), theta(steps(plain, 1)))
 
@@ -166,7 +166,7 @@ def test_the_logged_values_are_those_of_the_learners_gradients(tiny: Make, overr
     given = [*overrides, "optim.lr=0", "optim.clip=inf", "value.period=1", "designer.kl=0.1"]
     found, values = {}, {}
     for name in ("plain", "moved"):
-        run = Run(tiny(*TARGETS, "value.direction=dot", *given))
+        run = Trainer(tiny(*TARGETS, "value.direction=dot", *given))
         with torch.no_grad():  # a fresh predictor hardly looks at its context: values would drown in rounding
             for parameter in run.student.head.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator(0, "stir", parameter.numel())))
@@ -186,14 +186,14 @@ def test_the_logged_values_are_those_of_the_learners_gradients(tiny: Make, overr
 
 
 def test_a_strength_in_place_of_a_budget(tiny: Make) -> None:
-    values = steps(Run(tiny(*TARGETS, *AHEAD, "designer.kl=null", "designer.strength=0.7")), 1).meters.read()
+    values = steps(Trainer(tiny(*TARGETS, *AHEAD, "designer.kl=null", "designer.strength=0.7")), 1).meters.read()
     assert values["target_strength_dino"] == pytest.approx(0.7)
-    both = steps(Run(tiny(*TARGETS, *AHEAD, "designer.kl=50", "designer.strength=0.7")), 1).meters.read()
+    both = steps(Trainer(tiny(*TARGETS, *AHEAD, "designer.kl=50", "designer.strength=0.7")), 1).meters.read()
     assert both["target_strength_dino"] == pytest.approx(0.7)
 
 
 def test_passes_of_a_step_each_keep_the_budget(tiny: Make) -> None:
-    run = Run(tiny(*TARGETS, *AHEAD, *IBOT, "optim.accumulate=2", "designer.kl=0.05"))
+    run = Trainer(tiny(*TARGETS, *AHEAD, *IBOT, "optim.accumulate=2", "designer.kl=0.05"))
     for _ in range(3):
         values = steps(run, 1).meters.read()
         assert values["target_kl_dino"] <= 0.05 * (1 + 1e-6)
@@ -218,7 +218,7 @@ DIRECTIONS = {
 @pytest.mark.parametrize("name", ["targets", "weights", "best_of_n", "unet", "unet+targets"])
 @pytest.mark.parametrize("direction", DIRECTIONS.values(), ids=DIRECTIONS.keys())
 def test_every_direction_steers_every_designer(tiny: Make, name: str, direction: list[str]) -> None:
-    run = Run(tiny(f"designer={name}", *direction, "views.local_count=2", "designer.candidates=2"))
+    run = Trainer(tiny(f"designer={name}", *direction, "views.local_count=2", "designer.candidates=2"))
     burn_in, steer = run.config.value.burn_in, run.steer
     assert steer is not None
     steps(run, burn_in).meters.read()
@@ -234,7 +234,7 @@ def test_every_direction_steers_every_designer(tiny: Make, name: str, direction:
     assert ("target_kl_dino" in values) == ("targets" in name)
     assert ("mask_mean" in values) == ("unet" in name)
     if "unet" not in name:  # masks alone part the arms
-        plain = steps(Run(tiny("method=baseline", f"steps={run.config.steps}")), burn_in + 4)
+        plain = steps(Trainer(tiny("method=baseline", f"steps={run.config.steps}")), burn_in + 4)
         assert not same(theta(run)["student"], theta(plain)["student"])
 
 
@@ -245,7 +245,7 @@ def test_every_direction_steers_every_designer(tiny: Make, name: str, direction:
 @pytest.mark.parametrize("designer", ["targets", "unet+targets"])
 def test_an_update_with_a_lookahead_leaves_the_learner_as_it_was(tiny: Make, designer: str, more: list[str]) -> None:
     """Student, teacher, optimizer, buffers, gradients; and whether they train."""
-    run = steps(Run(tiny(f"designer={designer}", *AHEAD, *more, "value.lookahead.lr=0.1")), 1)
+    run = steps(Trainer(tiny(f"designer={designer}", *AHEAD, *more, "value.lookahead.lr=0.1")), 1)
     steer = run.steer
     assert steer is not None
     before, flags = (
@@ -270,13 +270,13 @@ def test_an_update_with_a_lookahead_leaves_the_learner_as_it_was(tiny: Make, des
     assert not any(part.requires_grad for part in steer.direction)  # type: ignore[union-attr]
 
 
-def ahead(run: Run, number: int = 0) -> tuple[Gradient, dict[str, Tensor]]:
+def ahead(run: Trainer, number: int = 0) -> tuple[Gradient, dict[str, Tensor]]:
     assert run.steer is not None
     return look_ahead(run.steer.feedback, run.student.backbone, run.steer.scope, run.config, number, run.device)
 
 
 def test_the_heads_that_tasks_keep_do_not_look_ahead(tiny: Make) -> None:
-    run = Run(tiny(*TARGETS, *AHEAD))
+    run = Trainer(tiny(*TARGETS, *AHEAD))
     kept = [copy.deepcopy((task.head.state_dict(), task.optimizer.state_dict())) for task in run.feedback]
     training = [task.head.training for task in run.feedback]
     u, found = ahead(run)
@@ -289,7 +289,7 @@ def test_the_heads_that_tasks_keep_do_not_look_ahead(tiny: Make) -> None:
 
 def test_one_step_of_sgd_is_the_gradient_of_all_tasks_with_their_weights(tiny: Make) -> None:
     """Of heads in training mode, on the next head-train batches; against autograd through the whole backbone."""
-    run = Run(
+    run = Trainer(
         tiny(
             *TARGETS,
             "value.direction=lookahead",
@@ -318,7 +318,7 @@ def test_one_step_of_sgd_is_the_gradient_of_all_tasks_with_their_weights(tiny: M
 def test_the_shadows_rate_is_the_learners_unless_it_is_given(tiny: Make) -> None:
     lengths = []
     for given in ([], ["value.lookahead.lr=1e-3"], ["value.lookahead.lr=2e-3"]):
-        lengths.append(float(norm(ahead(Run(tiny(*TARGETS, *AHEAD, *given)))[0])))
+        lengths.append(float(norm(ahead(Trainer(tiny(*TARGETS, *AHEAD, *given)))[0])))
     assert lengths[0] == lengths[1] < 0.7 * lengths[2]
 
 
@@ -326,7 +326,7 @@ def test_the_shadows_rate_is_the_learners_unless_it_is_given(tiny: Make) -> None
 def test_batches_are_shared_in_turn(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, batches: int, expected: list[int]
 ) -> None:
-    run = Run(
+    run = Trainer(
         tiny(*TARGETS, "value.direction=lookahead", "value.lookahead.steps=5", f"value.lookahead.batches={batches}")
     )
     drawn: list[Labelled] = []
@@ -358,7 +358,7 @@ def test_batches_are_shared_in_turn(
 
 def test_labels_that_say_nothing_have_no_contrast(tiny: Make) -> None:
     """All maps alike: shuffled they are the same labels, and the difference is zero to the last bit."""
-    run = Run(tiny(*TARGETS, *AHEAD, "value.lookahead.contrast=true"))
+    run = Trainer(tiny(*TARGETS, *AHEAD, "value.lookahead.contrast=true"))
     labels = {
         "seg": lambda image, target: torch.arange(target.numel()).view(target.shape).remainder(3),
         "depth": lambda image, target: torch.full_like(target, 2.0),
@@ -375,7 +375,9 @@ def test_labels_that_say_nothing_have_no_contrast(tiny: Make) -> None:
 
 def test_a_contrast_takes_out_what_shuffled_labels_ask_for(tiny: Make) -> None:
     """Over many draws the contrast of shuffled labels averages away; that of labels made of the image does not."""
-    run = Run(tiny(*TARGETS, *AHEAD, "feedback.depth.weight=0", "value.lookahead.steps=8", "value.lookahead.lr=1e-3"))
+    run = Trainer(
+        tiny(*TARGETS, *AHEAD, "feedback.depth.weight=0", "value.lookahead.steps=8", "value.lookahead.lr=1e-3")
+    )
     assert run.steer is not None
     backbone, scope = run.student.backbone, run.steer.scope
     # A label that patches can tell: each image is one colour, which is its class.
@@ -421,7 +423,7 @@ def test_shuffling_keeps_labels_and_images_and_parts_them() -> None:
 
 
 def test_labels_are_shuffled_anew_for_each_lookahead(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tiny(*TARGETS, *AHEAD, "value.lookahead.contrast=true", "value.period=1"))
+    run = Trainer(tiny(*TARGETS, *AHEAD, "value.lookahead.contrast=true", "value.period=1"))
     seen: list[Tensor] = []
 
     def watched(batches: Any, drawn: torch.Generator) -> Any:
@@ -457,7 +459,7 @@ def test_labels_enter_nothing_but_the_evaluators_loss(
     monkeypatch.setattr(FeedbackTask, "loss", blind)
     if "value.lookahead.contrast=true" in overrides:  # of a loss without labels there is none: its check would say so
         monkeypatch.setattr("dino_value.training.designer_update.check_start", lambda *arguments: None)
-    truth, false = steps(Run(tiny(*TARGETS, *overrides)), 4), steps(relabel(Run(tiny(*TARGETS, *overrides))), 4)
+    truth, false = steps(Trainer(tiny(*TARGETS, *overrides)), 4), steps(relabel(Trainer(tiny(*TARGETS, *overrides))), 4)
     assert same(truth.state_dict(), false.state_dict())
 
 
@@ -466,7 +468,7 @@ def test_where_targets_may_not_move_labels_cannot_change_theta_and_else_they_do(
     tiny: Make, overrides: list[str]
 ) -> None:
     for given, equal in (["designer.kl=0"], True), (["designer.kl=0.1"], False):
-        truth, false = (change(Run(tiny(*TARGETS, *overrides, *given))) for change in (lambda run: run, relabel))
+        truth, false = (change(Trainer(tiny(*TARGETS, *overrides, *given))) for change in (lambda run: run, relabel))
         assert same(theta(steps(truth, 3)), theta(steps(false, 3))) is equal
         assert not same(truth.steer.direction, false.steer.direction)  # type: ignore[union-attr]
 
@@ -476,7 +478,7 @@ def test_theta_steps_on_the_self_supervised_loss_to_constant_moved_targets(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     """The gradient of the step, against autograd through the whole student."""
-    run = steps(Run(tiny(*TARGETS, *AHEAD, *overrides, "optim.clip=inf", "designer.strength=null")), 1)
+    run = steps(Trainer(tiny(*TARGETS, *AHEAD, *overrides, "optim.clip=inf", "designer.strength=null")), 1)
     student, kept = copy.deepcopy(run.student), {}
     states, move = run.loss.states, run.loss.move
 
@@ -517,7 +519,7 @@ def test_what_draws_at_random_in_the_learners_forward_pass_is_known(tiny: Make) 
         (["backbone.kwargs.proj_drop_rate=0.1"], True),
         (["backbone.kwargs.patch_drop_rate=0.5"], True),
     ):
-        steer = Run(tiny(*TARGETS, *AHEAD, *given)).steer
+        steer = Trainer(tiny(*TARGETS, *AHEAD, *given)).steer
         assert steer is not None
         assert steer._draws is draws, given
 
@@ -530,7 +532,7 @@ def test_a_direction_of_zero_is_no_change_at_all(
 ) -> None:
     """Both ends are one function in one precision: with stochastic depth the learner's own predictions are not, and
     a second pass is taken at θ."""
-    run = steps(Run(tiny(*TARGETS, *AHEAD, *overrides, *drop, f"precision={precision}")), 1)
+    run = steps(Trainer(tiny(*TARGETS, *AHEAD, *overrides, *drop, f"precision={precision}")), 1)
     steer = run.steer
     assert steer is not None
     assert steer.direction is not None
@@ -567,7 +569,7 @@ def test_the_far_end_is_the_shadows_own_prediction(
     tiny: Make, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
 ) -> None:
     """Of a student whose parameters in the scope are θ − u, whole and uncut."""
-    run = steps(Run(tiny(*TARGETS, *AHEAD, *overrides)), 1)
+    run = steps(Trainer(tiny(*TARGETS, *AHEAD, *overrides)), 1)
     steer = run.steer
     assert steer is not None
     assert steer.direction is not None
@@ -645,7 +647,7 @@ def test_a_run_that_pauses_is_the_run_that_does_not(tiny: Make, tmp_path: Path, 
 
 
 def directions(config: Config, count: int) -> list[Gradient]:
-    run, found = Run(config), []
+    run, found = Trainer(config), []
     for _ in range(count):
         steps(run, 1)
         assert run.steer is not None
@@ -686,7 +688,7 @@ def test_a_random_direction_turns_as_slowly_as_an_averaged_one(tiny: Make) -> No
 @pytest.mark.parametrize("overrides", [[], IBOT, IJEPA], ids=["dino", "ibot", "ijepa"])
 def test_random_targets_need_no_labels_and_differ_from_step_to_step(tiny: Make, overrides: list[str]) -> None:
     none = ["data.ade20k=null", "data.nyuv2=null"]
-    run = Run(tiny("designer=random_targets", *none, *overrides, "optim.lr=0", "designer.kl=0.1"))
+    run = Trainer(tiny("designer=random_targets", *none, *overrides, "optim.lr=0", "designer.kl=0.1"))
     assert run.feedback == []
     assert run.steer is not None
     moved: list[Any] = []
@@ -709,7 +711,7 @@ def test_random_targets_need_no_labels_and_differ_from_step_to_step(tiny: Make, 
 
 
 def test_the_oracle_moves_the_scope_alone_and_nothing_is_self_supervised(tiny: Make) -> None:
-    run = Run(tiny("method=oracle", *AHEAD, "value.burn_in=2", "optim.weight_decay=0.5"))
+    run = Trainer(tiny("method=oracle", *AHEAD, "value.burn_in=2", "optim.weight_decay=0.5"))
     assert run.steer is not None
     before = {name: value.clone() for name, value in run.student.named_parameters()}
     steps(run, 2)
@@ -726,7 +728,7 @@ def test_the_oracle_lowers_the_labels_loss(tiny: Make, folders: Path, direction:
     """On a batch that is always the same, by the head that was fitted at the start."""
     given = ["optim.lr=2e-3", "feedback.updates=0", "feedback.warmup=20", "value.period=1", "steps=50"]
     given += ["value.lookahead.steps=2", f"value.direction={direction}"]
-    run = Run(tiny("method=oracle", *of_classes(folders), *given))
+    run = Trainer(tiny("method=oracle", *of_classes(folders), *given))
     (task,) = run.feedback
     images, labels = task.meta_stream.batch(0)
     found = []
@@ -739,7 +741,7 @@ def test_the_oracle_lowers_the_labels_loss(tiny: Make, folders: Path, direction:
 
 
 def test_the_oracles_step_is_along_u(tiny: Make) -> None:
-    run = Run(tiny("method=oracle", *AHEAD, "optim.clip=1e-3"))
+    run = Trainer(tiny("method=oracle", *AHEAD, "optim.clip=1e-3"))
     steps(run, 1)
     steer = run.steer
     assert steer is not None
@@ -754,7 +756,7 @@ def test_the_oracles_step_is_along_u(tiny: Make) -> None:
 @pytest.mark.parametrize("method", ["finetune", "oracle"])
 def test_shuffled_labels_train_other_learners(tiny: Make, method: str) -> None:
     given = [f"method={method}", *AHEAD]
-    true, mixed = (Run(tiny(*given, f"feedback.shuffle={flag}")) for flag in ("false", "true"))
+    true, mixed = (Trainer(tiny(*given, f"feedback.shuffle={flag}")) for flag in ("false", "true"))
     for mine, theirs in zip(true.feedback, mixed.feedback, strict=True):
         (images, labels), (same_images, others) = (task.train_stream.batch(0) for task in (mine, theirs))
         assert torch.equal(images, same_images)
@@ -797,7 +799,7 @@ def of_classes(folders: Path) -> list[str]:
 )
 def test_classes_of_images_steer(tiny: Make, folders: Path, overrides: list[str]) -> None:
     given = [*of_classes(folders), *overrides]
-    true, false = Run(tiny(*given)), relabel(Run(tiny(*given)))
+    true, false = Trainer(tiny(*given)), relabel(Trainer(tiny(*given)))
     assert [task.kind for task in true.feedback] == ["classes"]
     assert true.feedback[0].head.classify.out_features == 3  # type: ignore[union-attr]
     for run in (true, false):
@@ -809,17 +811,17 @@ def test_classes_of_images_steer(tiny: Make, folders: Path, overrides: list[str]
 
 
 def test_a_lookahead_learns_classes(tiny: Make, folders: Path) -> None:
-    run = Run(tiny(*of_classes(folders), *TARGETS, "value.direction=lookahead", "value.lookahead.steps=30"))
+    run = Trainer(tiny(*of_classes(folders), *TARGETS, "value.direction=lookahead", "value.lookahead.steps=30"))
     _, found = ahead(run)
     assert float(found["lookahead_after"]) < 0.7 * float(found["lookahead_before"])
 
 
 def test_classes_beside_maps_and_finetuning_on_them(tiny: Make, folders: Path) -> None:
     labels = [part for part in of_classes(folders) if "null" not in part]
-    run = steps(Run(tiny(*labels, *TARGETS, *AHEAD)), 2)
+    run = steps(Trainer(tiny(*labels, *TARGETS, *AHEAD)), 2)
     assert [task.kind for task in run.feedback] == ["seg", "depth", "classes"]
     assert {"loss_seg", "loss_depth", "loss_classes"} <= run.meters.read().keys()
-    tuned = Run(tiny("method=finetune", *of_classes(folders), "steps=25", "optim.lr=3e-3"))
+    tuned = Trainer(tiny("method=finetune", *of_classes(folders), "steps=25", "optim.lr=3e-3"))
     assert len(tuned.feedback[0].train_indices) == 18
     losses = [steps(tuned, 1).meters.read()["loss_classes"] for _ in range(25)]
     assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
@@ -828,14 +830,14 @@ def test_classes_beside_maps_and_finetuning_on_them(tiny: Make, folders: Path) -
 def test_classes_are_split_apart_from_each_other_and_recorded(tiny: Make, folders: Path) -> None:
     folder = train(tiny(*of_classes(folders), *TARGETS, *AHEAD, "steps=1"), quiet=True)
     assert (folder / "splits.json").is_file()
-    (task,) = Run(tiny(*of_classes(folders), *TARGETS, *AHEAD)).feedback
+    (task,) = Trainer(tiny(*of_classes(folders), *TARGETS, *AHEAD)).feedback
     assert (len(task.train_indices), len(task.meta_indices)) == (12, 6)
     assert not set(task.train_indices) & set(task.meta_indices)
 
 
 def refused(tiny: Make, *overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        Run(tiny(*TARGETS, *AHEAD, *overrides))
+        Trainer(tiny(*TARGETS, *AHEAD, *overrides))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -847,10 +849,10 @@ def test_class_folders_that_cannot_be_used_are_named_with_their_keys(tiny: Make,
     assert "out of 24 in 24 groups" in few
     works = few.removesuffix(" would do").split("; ")[-1].split(", ")
     assert works == ["feedback.classes.train=19", "feedback.classes.meta=4"]
-    assert len(Run(tiny(*given, *TARGETS, *AHEAD, *works)).feedback[0].train_indices) == 19
+    assert len(Trainer(tiny(*given, *TARGETS, *AHEAD, *works)).feedback[0].train_indices) == 19
     smaller = refused(tiny, *given, "feedback.batch_size=64").removesuffix(" would do").split("; ")[-1].split(", ")
     assert smaller[-1] == "feedback.batch_size=19"
-    Run(tiny(*given, *TARGETS, *AHEAD, *smaller))
+    Trainer(tiny(*given, *TARGETS, *AHEAD, *smaller))
 
     alone = tmp_path / "alone"
     shutil.copytree(folders / "train" / "red", alone / "train" / "red")
@@ -865,7 +867,7 @@ def test_class_folders_that_cannot_be_used_are_named_with_their_keys(tiny: Make,
 
 
 def test_a_lookahead_that_diverges_is_refused_before_anything_moves(tiny: Make) -> None:
-    run = Run(tiny(*TARGETS, *AHEAD, "value.lookahead.lr=1e30", "value.lookahead.optimizer=sgd"))
+    run = Trainer(tiny(*TARGETS, *AHEAD, "value.lookahead.lr=1e30", "value.lookahead.optimizer=sgd"))
     before = theta(run)
     with pytest.raises(UserError, match=r"value\.lookahead diverges, at a rate of .*lower value\.lookahead\.lr"):
         steps(run, 1)
@@ -873,7 +875,7 @@ def test_a_lookahead_that_diverges_is_refused_before_anything_moves(tiny: Make) 
 
 
 def test_a_rate_that_overflows_is_refused(tiny: Make) -> None:
-    run = Run(tiny(*TARGETS, *AHEAD, "value.lookahead.lr=1e38"))
+    run = Trainer(tiny(*TARGETS, *AHEAD, "value.lookahead.lr=1e38"))
     before = theta(run)
     with pytest.raises(UserError, match=r"^value\.lookahead: it overflowed at a rate of 1e\+38; lower value\.look"):
         steps(run, 1)
@@ -881,7 +883,7 @@ def test_a_rate_that_overflows_is_refused(tiny: Make) -> None:
 
 
 def test_a_later_lookahead_that_diverges_is_refused(tiny: Make) -> None:
-    run = steps(Run(tiny(*TARGETS, *AHEAD, "value.lookahead.optimizer=sgd")), 2)
+    run = steps(Trainer(tiny(*TARGETS, *AHEAD, "value.lookahead.optimizer=sgd")), 2)
     before = theta(run)
     run.config.value.lookahead.lr = 1e30
     with pytest.raises(UserError, match=r"step 2: .*lookahead.* not finite; nothing was applied"):
@@ -891,7 +893,7 @@ def test_a_later_lookahead_that_diverges_is_refused(tiny: Make) -> None:
 
 def test_a_change_that_is_not_finite_ends_the_run(tiny: Make) -> None:
     """Not by targets that are quietly no probabilities."""
-    run = steps(Run(tiny(*TARGETS, *AHEAD)), 1)
+    run = steps(Trainer(tiny(*TARGETS, *AHEAD)), 1)
     assert run.steer is not None
     assert run.steer.direction is not None
     run.steer.direction[0].fill_(math.nan)
@@ -966,5 +968,5 @@ def test_what_needs_the_whole_learner_at_every_step(tiny: Make, overrides: list[
         check_sharding(config)
     assert "\n" not in str(e.value)
     with pytest.raises(UserError, match=message):  # of one process too
-        Run(config)
+        Trainer(config)
     check_sharding(tiny("method=baseline", *TARGETS, "distributed.strategy=fsdp"))

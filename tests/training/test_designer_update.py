@@ -16,19 +16,19 @@ from dino_value.errors import UserError
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.training.feedback import batch_gradient, downstream_gradient
 from dino_value.training.steps import Views, make_views
-from dino_value.training.trainer import Run
+from dino_value.training.trainer import Trainer
 from dino_value.value import alignment, inner, mean_gradient, norm, value_weights
 
 Make = Callable[..., Config]
 
 
-def steps(run: Run, count: int) -> Run:
+def steps(run: Trainer, count: int) -> Trainer:
     for large, small in run.stream.iterate(run.step, run.step + count):
         run.learner_update(large, small)
     return run
 
 
-def terms(run: Run, views: Views, targets: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+def terms(run: Trainer, views: Views, targets: Tensor, leaves: dict[str, Tensor]) -> Tensor:
     """[2 V B], written out: the whole student, no trunk and no tail."""
     backbone, batch = run.student.backbone, views.batch
     cls = torch.cat([functional_call(backbone, leaves, (group,)).cls for group in views])
@@ -37,7 +37,7 @@ def terms(run: Run, views: Views, targets: Tensor, leaves: dict[str, Tensor]) ->
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def naive_values(run: Run, views: Views, targets: Tensor) -> Tensor:
+def naive_values(run: Trainer, views: Views, targets: Tensor) -> Tensor:
     """⟨u, ∇ℓ_i⟩ of every term, one backward pass each."""
     assert run.steer is not None
     assert run.steer.direction is not None
@@ -80,7 +80,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["weights", "unet+weights"])
 def test_the_learner_steps_on_terms_weighted_by_their_value(tiny: Make, watched: dict[str, Any], name: str) -> None:
-    run = steps(Run(tiny(f"designer={name}", "designer.temperature=0.7", "optim.lr=0")), 1)
+    run = steps(Trainer(tiny(f"designer={name}", "designer.temperature=0.7", "optim.lr=0")), 1)
     run.meters.read()
     steps(run, 1)
     assert run.steer is not None
@@ -103,7 +103,7 @@ def test_the_learner_steps_on_terms_weighted_by_their_value(tiny: Make, watched:
 
 
 def test_the_best_of_n_views_are_those_of_highest_value(tiny: Make, watched: dict[str, Any]) -> None:
-    run = Run(tiny("designer=best_of_n", "designer.candidates=3", "optim.lr=0"))
+    run = Trainer(tiny("designer=best_of_n", "designer.candidates=3", "optim.lr=0"))
     large, small = run.stream.batch(0)
     assert small.shape[0] == 3 * run.config.views.local_count
     run.learner_update(large, small)
@@ -122,7 +122,7 @@ def test_the_best_of_n_views_are_those_of_highest_value(tiny: Make, watched: dic
 
 
 def test_before_any_update_the_first_candidate_is_taken(tiny: Make, watched: dict[str, Any]) -> None:
-    run = Run(tiny("designer=best_of_n", "designer.candidates=3", "value.burn_in=2"))
+    run = Trainer(tiny("designer=best_of_n", "designer.candidates=3", "value.burn_in=2"))
     large, small = run.stream.batch(0)
     run.learner_update(large, small)
     offered = make_views(run.student.backbone, (large, small), run.config.views, run.device, 0, "learner", 0).small
@@ -131,14 +131,14 @@ def test_before_any_update_the_first_candidate_is_taken(tiny: Make, watched: dic
 
 
 def test_without_an_update_weights_are_the_baseline(tiny: Make) -> None:
-    weighted = steps(Run(tiny("designer=weights", "value.burn_in=9")), 3)
-    plain = steps(Run(tiny("method=baseline")), 3)
+    weighted = steps(Trainer(tiny("designer=weights", "value.burn_in=9")), 3)
+    plain = steps(Trainer(tiny("method=baseline")), 3)
     for mine, theirs in zip(weighted.student.parameters(), plain.student.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_closed_forms_have_no_phi(tiny: Make) -> None:
-    run = steps(Run(tiny("designer=weights")), 1)
+    run = steps(Trainer(tiny("designer=weights")), 1)
     assert run.steer is not None
     assert run.steer.designer is None
     assert "designer" not in run.steer.state_dict()
@@ -150,7 +150,7 @@ def test_closed_forms_have_no_phi(tiny: Make) -> None:
 
 
 def test_a_refreshed_g_down_is_the_mean_over_the_pool_and_kept(tiny: Make) -> None:
-    run = Run(tiny("feedback.refresh=3", "feedback.batch_size=2"))
+    run = Trainer(tiny("feedback.refresh=3", "feedback.batch_size=2"))
     assert run.steer is not None
     task, backbone, scope = run.steer.feedback[0], run.student.backbone, run.steer.scope
     batches = [task.meta_stream.batch(number) for number in range(2)]
@@ -167,7 +167,7 @@ def test_a_refreshed_g_down_is_the_mean_over_the_pool_and_kept(tiny: Make) -> No
 
 
 def test_an_averaged_g_down_is_the_moving_average_of_meta_batches(tiny: Make) -> None:
-    run = Run(tiny("feedback.ema=0.5", "feedback.batch_size=2"))
+    run = Trainer(tiny("feedback.ema=0.5", "feedback.batch_size=2"))
     assert run.steer is not None
     task, backbone, scope = run.steer.feedback[0], run.student.backbone, run.steer.scope
     a, b = (batch_gradient(task, task.meta_stream.batch(number), backbone, scope, run.device)[0] for number in range(2))
@@ -178,7 +178,7 @@ def test_an_averaged_g_down_is_the_moving_average_of_meta_batches(tiny: Make) ->
 
 
 def test_a_guard_bends_the_direction_once_its_value_is_negative(tiny: Make) -> None:
-    run = Run(tiny("feedback.depth.guard=true", "value.guard_rate=5", "designer=weights"))
+    run = Trainer(tiny("feedback.depth.guard=true", "value.guard_rate=5", "designer=weights"))
     assert run.steer is not None
     g_down, gradients, _ = run.steer.downstream()
     assert gradients.keys() == {"seg", "depth"}
@@ -192,7 +192,7 @@ def test_a_guard_bends_the_direction_once_its_value_is_negative(tiny: Make) -> N
 
 
 def test_held_images_teach_nothing(tiny: Make) -> None:
-    run = Run(tiny("feedback.seg.held=2", "feedback.depth.held=1", "value.diagnose=1"))
+    run = Trainer(tiny("feedback.seg.held=2", "feedback.depth.held=1", "value.diagnose=1"))
     assert run.steer is not None
     for task in run.steer.feedback:
         held = set(task.held_indices)
@@ -208,7 +208,7 @@ def test_held_images_teach_nothing(tiny: Make) -> None:
 
 def test_measuring_changes_nothing(tiny: Make) -> None:
     common = ("feedback.seg.held=2", "feedback.depth.held=1")
-    runs = [steps(Run(tiny(*common, f"value.diagnose={every}")), 3) for every in (0, 1)]
+    runs = [steps(Trainer(tiny(*common, f"value.diagnose={every}")), 3) for every in (0, 1)]
     for mine, theirs in zip(runs[0].student.parameters(), runs[1].student.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -217,7 +217,7 @@ def test_measuring_changes_nothing(tiny: Make) -> None:
 
 
 def test_auto_takes_the_cheap_engine_and_says_so(tiny: Make) -> None:
-    run = steps(Run(tiny("value.engine=auto")), 1)
+    run = steps(Trainer(tiny("value.engine=auto")), 1)
     assert run.steer is not None
     assert run.steer.engine_name == "finite_difference"
     assert len(run.steer.notes) == 1
@@ -225,13 +225,13 @@ def test_auto_takes_the_cheap_engine_and_says_so(tiny: Make) -> None:
 
 
 def test_auto_falls_back_to_the_reference(tiny: Make) -> None:
-    run = steps(Run(tiny("value.engine=auto", "value.radius=30")), 1)
+    run = steps(Trainer(tiny("value.engine=auto", "value.radius=30")), 1)
     assert run.steer is not None
     assert run.steer.engine_name == "double_backward"
 
 
 def test_an_engine_that_is_off_is_refused_before_anything_moves(tiny: Make) -> None:
-    run = Run(tiny("value.engine=finite_difference", "value.radius=30"))
+    run = Trainer(tiny("value.engine=finite_difference", "value.radius=30"))
     assert run.steer is not None
     assert run.steer.designer is not None
     before = copy.deepcopy([run.student.state_dict(), run.steer.designer.state_dict()])
@@ -271,4 +271,4 @@ def test_settings_that_cannot_work(tiny: Make, overrides: list[str], message: st
 
 def test_feedback_of_guards_alone(tiny: Make) -> None:
     with pytest.raises(UserError, match="no feedback left"):
-        Run(tiny("feedback.seg.guard=true", "feedback.depth.guard=true"))
+        Trainer(tiny("feedback.seg.guard=true", "feedback.depth.guard=true"))

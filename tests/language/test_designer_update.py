@@ -15,13 +15,13 @@ from dino_value.language import steer as steer_module
 from dino_value.language.architectures import architecture
 from dino_value.language.config import LanguageConfig
 from dino_value.language.designer import TokenDesigner
+from dino_value.language.designer_update import ENGINE_CHOICES, TargetTask, constant
 from dino_value.language.downstream import answer_gradient, token_losses
 from dino_value.language.learner import Cut, Learner
-from dino_value.language.steer import ENGINE_CHOICES, TargetTask, constant
 from dino_value.language.stream import Batch, ExampleSet
 from dino_value.language.targets import soft_targets
 from dino_value.language.text import Encoder, read_examples
-from dino_value.language.train import Run
+from dino_value.language.trainer import Trainer
 from dino_value.value import DIRECTIONS, engine_error, pre_gradient, score_loss, value_step
 
 
@@ -137,7 +137,7 @@ def test_the_designer_sees_no_future(learner: Learner) -> None:
 
 
 def test_feedback_reaches_phi_alone(tiny: Callable[..., LanguageConfig]) -> None:
-    run = Run(tiny("method=value"))
+    run = Trainer(tiny("method=value"))
     assert run.steer is not None
     before = {name: value.clone() for name, value in run.learner.model.named_parameters()}
     phi = [value.clone() for value in run.steer.designer.parameters()]  # type: ignore[union-attr]
@@ -150,7 +150,7 @@ def test_feedback_reaches_phi_alone(tiny: Callable[..., LanguageConfig]) -> None
 
 def test_the_designer_learns_to_raise_v(tiny: Callable[..., LanguageConfig]) -> None:
     """On one batch and one g_down, the gain of the designed targets over one-hot ones becomes positive."""
-    run = Run(tiny("method=value", "designer.lr=3e-2"))
+    run = Trainer(tiny("method=value", "designer.lr=3e-2"))
     steer = run.steer
     assert steer is not None
     assert steer.designer is not None
@@ -178,7 +178,7 @@ def test_the_designer_learns_to_raise_v(tiny: Callable[..., LanguageConfig]) -> 
 def test_a_penalty_holds_the_proposal_to_the_learners_own_prediction(tiny: Callable[..., LanguageConfig]) -> None:
     distances = []
     for weight in (0, 10):
-        run = Run(tiny("method=value", "designer.lr=3e-2", "designer.prior=learner", f"designer.kl={weight}"))
+        run = Trainer(tiny("method=value", "designer.lr=3e-2", "designer.prior=learner", f"designer.kl={weight}"))
         steer = run.steer
         assert steer is not None
         with constant(run.learner):
@@ -208,7 +208,7 @@ def test_rewards_point_where_the_score_function_does(
     tiny: Callable[..., LanguageConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """g_down of sampled answers is the score function's, whatever scored them."""
-    run = Run(tiny("method=value", "feedback.kind=reward", "feedback.samples=3", "feedback.new_tokens=4"))
+    run = Trainer(tiny("method=value", "feedback.kind=reward", "feedback.samples=3", "feedback.new_tokens=4"))
     assert run.steer is not None
     seen: dict[str, Any] = {}
 
@@ -243,7 +243,7 @@ def test_rewards_point_where_the_score_function_does(
 
 def test_domains_are_paired_and_their_alignments_averaged(root: Any, tiny: Callable[..., LanguageConfig]) -> None:
     pair = [f"data.stream.b={root}/test.jsonl", f"feedback.files.b={root}/test.jsonl", "feedback.limit=8"]
-    run = Run(tiny("method=value", *pair, "value.engine=linear"))
+    run = Trainer(tiny("method=value", *pair, "value.engine=linear"))
     assert run.steer is not None
     assert {name: list(stream.sources) for name, stream in run.steer.meta.items()} == {"main": ["main"], "b": ["b"]}
     run.steer.update_if_due(0)
@@ -252,11 +252,11 @@ def test_domains_are_paired_and_their_alignments_averaged(root: Any, tiny: Calla
 
 def test_a_scope_with_the_head_has_no_closed_form(tiny: Callable[..., LanguageConfig]) -> None:
     with pytest.raises(UserError, match="without the output head"):
-        Run(tiny("method=closed_form", "value.scope.patterns=['embed_tokens','layers.2']"))
+        Trainer(tiny("method=closed_form", "value.scope.patterns=['embed_tokens','layers.2']"))
 
 
 def test_the_whole_model_as_scope(root: Any, tiny: Callable[..., LanguageConfig]) -> None:
-    run = Run(tiny("method=value", "value.scope.patterns=['.']"))
+    run = Trainer(tiny("method=value", "value.scope.patterns=['.']"))
     assert run.steer is not None
     assert run.learner.scope.start is None
     run.steer.update_if_due(0)
@@ -265,7 +265,7 @@ def test_the_whole_model_as_scope(root: Any, tiny: Callable[..., LanguageConfig]
 
 def test_scope_beyond_the_model(tiny: Callable[..., LanguageConfig]) -> None:
     with pytest.raises(UserError, match=r"value.scope: .*this learner has 3"):
-        Run(tiny("value.scope.blocks=9"))
+        Trainer(tiny("value.scope.blocks=9"))
 
 
 def test_other_architectures_come_apart() -> None:
@@ -302,10 +302,10 @@ def test_the_papers_learners_by_name(name: str) -> None:
 
 def test_a_name_without_weights(root: Any, tiny: Callable[..., LanguageConfig]) -> None:
     given = ["learner.model=qwen-tiny", f"learner.tokenizer={root}/model"]
-    run = Run(tiny("method=value", *given, "learner.random_weights=true"))
+    run = Trainer(tiny("method=value", *given, "learner.random_weights=true"))
     run.learner_update()
     assert run.learner.vocabulary == 1000
     with pytest.raises(UserError, match=r"without weights; set learner.random_weights=true"):
-        Run(tiny(*given))
+        Trainer(tiny(*given))
     with pytest.raises(UserError, match=r"give learner.tokenizer=DIR"):
-        Run(tiny(given[0], "learner.random_weights=true"))
+        Trainer(tiny(given[0], "learner.random_weights=true"))

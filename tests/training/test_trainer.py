@@ -32,7 +32,7 @@ from dino_value.runs.metrics import read_metrics
 from dino_value.runs.process import stop_requests
 from dino_value.training import trainer as train_module
 from dino_value.training.optim import cosine_schedule
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
 METHODS = ("value", "baseline", "random")
@@ -54,13 +54,13 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name not in TIMING} for row in read_metrics(folder)]
 
 
-def steps(run: Run, count: int) -> Run:
+def steps(run: Trainer, count: int) -> Trainer:
     for large, small in run.stream.iterate(run.step, run.step + count):
         run.learner_update(large, small)
     return run
 
 
-def learner(run: Run) -> dict[str, Any]:
+def learner(run: Trainer) -> dict[str, Any]:
     """All that pretraining is made of: student, teacher, centre and the learner's optimizer."""
     state = run.state_dict()
     return {name: state[name] for name in ("step", "student", "teacher", "objective", "optimizer")}
@@ -227,14 +227,14 @@ def test_a_second_interrupt_does_not_wait_for_a_long_call() -> None:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
     """The signal arrives while step number `step` is computed."""
-    update = Run.learner_update
+    update = Trainer.learner_update
 
-    def interrupted(self: Run, large: Tensor, small: Tensor) -> None:
+    def interrupted(self: Trainer, large: Tensor, small: Tensor) -> None:
         if self.step == step - 1:
             os.kill(os.getpid(), number)
         update(self, large, small)
 
-    monkeypatch.setattr(Run, "learner_update", interrupted)
+    monkeypatch.setattr(Trainer, "learner_update", interrupted)
 
 
 def test_a_pause_changes_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
@@ -297,12 +297,12 @@ def test_a_moved_run_goes_on(tiny: Callable[..., Config], tmp_path: Path, monkey
 
 
 def test_the_same_seed_gives_the_same_run_and_another_another(tiny: Callable[..., Config]) -> None:
-    first, again, other = (steps(Run(tiny(f"seed={seed}")), 2) for seed in (0, 0, 1))
+    first, again, other = (steps(Trainer(tiny(f"seed={seed}")), 2) for seed in (0, 0, 1))
     assert same(first.state_dict(), again.state_dict())
     assert not same(first.state_dict()["student"], other.state_dict()["student"])
 
 
-def learner_views(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+def learner_views(run: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """The learner's augmented views of three steps, before any mask."""
     seen = []
     make = train_module.make_views
@@ -319,7 +319,7 @@ def learner_views(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tenso
 
 
 def test_arms_begin_alike_and_see_the_same_views(tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [Run(tiny(f"method={method}")) for method in METHODS]
+    runs = [Trainer(tiny(f"method={method}")) for method in METHODS]
     assert all(same(learner(runs[0]), learner(run)) for run in runs[1:])
     assert same(runs[0].steer.designer.state_dict(), runs[2].steer.designer.state_dict())
     seen = [learner_views(run, monkeypatch) for run in runs]
@@ -333,15 +333,15 @@ def test_arms_begin_alike_and_see_the_same_views(tiny: Callable[..., Config], mo
 def test_before_burn_in_ends_an_arm_is_the_baseline(tiny: Callable[..., Config], method: str) -> None:
     """Bit for bit, stochastic depth included."""
     drop = "backbone.kwargs.drop_path_rate=0.3"
-    arm = steps(Run(tiny(f"method={method}", "value.burn_in=5", drop)), 4)
-    baseline = steps(Run(tiny("method=baseline", drop)), 4)
+    arm = steps(Trainer(tiny(f"method={method}", "value.burn_in=5", drop)), 4)
+    baseline = steps(Trainer(tiny("method=baseline", drop)), 4)
     assert same(learner(arm), learner(baseline))
     assert arm.steer.updates == 0
 
 
 def test_value_and_random_differ_in_the_direction_alone(tiny: Callable[..., Config]) -> None:
     """Until φ has moved they fit the same heads and take the same first step of the head optimizers."""
-    value, random = (steps(Run(tiny(f"method={method}", "designer.lr=0")), 3) for method in ("value", "random"))
+    value, random = (steps(Trainer(tiny(f"method={method}", "designer.lr=0")), 3) for method in ("value", "random"))
     assert same(learner(value), learner(random))
     assert same([t.state_dict() for t in value.steer.feedback], [t.state_dict() for t in random.steer.feedback])
     found, expected = random.meters.read(), value.meters.read()
@@ -353,7 +353,7 @@ def test_value_and_random_differ_in_the_direction_alone(tiny: Callable[..., Conf
 def test_stochastic_depth_is_the_same_in_every_arm(tiny: Callable[..., Config]) -> None:
     """Whole masks (keep nothing back) make value the baseline, unless its designer steps disturb the random state."""
     drop = "backbone.kwargs.drop_path_rate=0.5"
-    value, baseline = Run(tiny("designer.lr=0", drop)), Run(tiny("method=baseline", drop))
+    value, baseline = Trainer(tiny("designer.lr=0", drop)), Trainer(tiny("method=baseline", drop))
     value.steer.update(0, 0.04)  # whose check would refuse masks that nothing moves
     torch.nn.init.constant_(value.steer.designer.out.bias, 1e4)  # type: ignore[union-attr,arg-type]
     assert same(learner(steps(value, 3)), learner(steps(baseline, 3)))
@@ -365,7 +365,9 @@ def test_both_engines_take_the_same_designer_step(tiny: Callable[..., Config], d
     """With stochastic depth too: the value is measured on one function, not on four random ones."""
     gradients = []
     for engine in ("double_backward", "finite_difference"):
-        run = Run(tiny(f"value.engine={engine}", "backbone.attention=math", f"backbone.kwargs.drop_path_rate={drop}"))
+        run = Trainer(
+            tiny(f"value.engine={engine}", "backbone.attention=math", f"backbone.kwargs.drop_path_rate={drop}")
+        )
         run.steer.update(0, 0.04)
         gradients.append(torch.cat([p.grad.flatten() for p in run.steer.designer.parameters() if p.grad is not None]))
         assert run.student.training
@@ -382,24 +384,24 @@ def test_both_engines_take_the_same_designer_step(tiny: Callable[..., Config], d
     ],
 )
 def test_when_the_designer_is_updated(tiny: Callable[..., Config], overrides: list[str], expected: list[int]) -> None:
-    run = Run(tiny(*overrides))
+    run = Trainer(tiny(*overrides))
     assert [steps(run, 1).steer.updates for _ in range(6)] == expected
 
 
 def test_heads_warm_up_once_and_then_take_their_updates(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny("feedback.updates=3", "feedback.warmup=4"))
+    run = Trainer(tiny("feedback.updates=3", "feedback.warmup=4"))
     counts = [(steps(run, 1).steer.feedback[0].train.count, run.steer.feedback[0].meta.count) for _ in range(4)]
     assert counts == [(7, 1), (7, 1), (10, 2), (10, 2)]
 
 
 def test_a_task_of_weight_zero_is_left_out(tiny: Callable[..., Config]) -> None:
-    assert [task.kind for task in Run(tiny("feedback.seg.weight=0")).steer.feedback] == ["depth"]
+    assert [task.kind for task in Trainer(tiny("feedback.seg.weight=0")).steer.feedback] == ["depth"]
     with pytest.raises(UserError, match="no feedback left"):
-        Run(tiny("feedback.seg.weight=0", "feedback.depth.weight=0"))
+        Trainer(tiny("feedback.seg.weight=0", "feedback.depth.weight=0"))
 
 
 def test_the_teacher_is_the_moving_average_of_the_student(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny("method=baseline", "steps=10"))
+    run = Trainer(tiny("method=baseline", "steps=10"))
     expected = {name: value.clone() for name, value in run.teacher.named_parameters()}
     for step in range(3):
         steps(run, 1)
@@ -412,7 +414,9 @@ def test_the_teacher_is_the_moving_average_of_the_student(tiny: Callable[..., Co
 
 
 def test_learning_rate_and_weight_decay_follow_their_schedules(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny("method=baseline", "steps=8", "optim.warmup=3", "optim.weight_decay_end=0.4", "optim.lr_end=1e-5"))
+    run = Trainer(
+        tiny("method=baseline", "steps=8", "optim.warmup=3", "optim.weight_decay_end=0.4", "optim.lr_end=1e-5")
+    )
     decayed, plain = run.optimizer.param_groups
     for step in range(8):
         steps(run, 1)
@@ -422,7 +426,7 @@ def test_learning_rate_and_weight_decay_follow_their_schedules(tiny: Callable[..
 
 
 def test_the_last_layer_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny("method=baseline", "objective.freeze_last_layer=2"))
+    run = Trainer(tiny("method=baseline", "objective.freeze_last_layer=2"))
     last, first = run.student.head.last_layer.weight, run.student.head.mlp.get_parameter("0.weight")
     before = last.clone(), first.clone()
     steps(run, 2)
@@ -433,7 +437,7 @@ def test_the_last_layer_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
 
 
 def test_the_backbone_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny("method=baseline", "optim.freeze_backbone=2"))
+    run = Trainer(tiny("method=baseline", "optim.freeze_backbone=2"))
     before = {name: value.clone() for name, value in run.student.backbone.state_dict().items()}
     head = run.student.head.mlp.get_parameter("0.weight").clone()
     steps(run, 2)
@@ -444,7 +448,7 @@ def test_the_backbone_is_frozen_at_first(tiny: Callable[..., Config]) -> None:
 
 
 def test_gradients_are_clipped(tiny: Callable[..., Config]) -> None:
-    run = steps(Run(tiny("method=baseline", "optim.clip=1e-3")), 1)
+    run = steps(Trainer(tiny("method=baseline", "optim.clip=1e-3")), 1)
     norm = torch.cat([p.grad.flatten() for p in run.student.parameters() if p.grad is not None]).norm().item()
     assert norm == pytest.approx(1e-3, rel=1e-3)
     assert run.meters.read()["gradient_norm"] > 1e-2  # what is logged is the norm before
@@ -454,7 +458,7 @@ def test_start_from_takes_the_teacher_of_another_run(tiny: Callable[..., Config]
     first = train(tiny("method=baseline", f"out={tmp_path / 'first'}"), quiet=True)
     state = load_checkpoint(first)
     for source in (first, first / "checkpoints" / "step_00000004.pt"):
-        run = Run(tiny(f"start_from={source}"))
+        run = Trainer(tiny(f"start_from={source}"))
         run.start_from(load_checkpoint(source))
         assert same(dict(run.student.state_dict()), state["teacher"])
         assert same(dict(run.teacher.state_dict()), state["teacher"])
@@ -509,13 +513,13 @@ def test_start_from_a_checkpoint_of_another_program(
 # Not finite: nothing is applied, and the message says what, when and where
 
 
-def spoil(run: Run) -> None:
+def spoil(run: Trainer) -> None:
     with torch.no_grad():
         run.student.head.mlp.get_parameter("0.weight").fill_(float("nan"))
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_applied(tiny: Callable[..., Config]) -> None:
-    run = steps(Run(tiny("method=baseline")), 1)
+    run = steps(Trainer(tiny("method=baseline")), 1)
     spoil(run)
     before = {name: value.clone() for name, value in run.student.state_dict().items()}
     moments = [value.clone() for state in run.optimizer.state.values() for value in state.values()]
@@ -534,7 +538,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_applied(tiny: Callable[...
 
 
 def test_feedback_that_is_not_finite_stops_before_phi_moves(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny("designer.lr=1"))
+    run = Trainer(tiny("designer.lr=1"))
     run.steer.update(0, 0.04)
     run.steer.feedback[1].weight = 1e38
     before = {name: value.clone() for name, value in run.steer.designer.state_dict().items()}
@@ -547,7 +551,7 @@ def test_feedback_that_is_not_finite_stops_before_phi_moves(tiny: Callable[..., 
 
 
 def test_the_feedback_task_that_went_wrong_is_named(tiny: Callable[..., Config]) -> None:
-    run = Run(tiny())
+    run = Trainer(tiny())
     run.steer.update(0, 0.04)
     with torch.no_grad():
         run.steer.feedback[1].head.regress.bias.fill_(float("nan"))
@@ -614,21 +618,21 @@ def test_settings_that_do_not_fit_each_other(
 
 
 def test_no_local_views(tiny: Callable[..., Config]) -> None:
-    run = steps(Run(tiny("views.local_count=0", "designer.crops=all")), 3)
+    run = steps(Trainer(tiny("views.local_count=0", "designer.crops=all")), 3)
     assert torch.isfinite(torch.tensor(run.meters.read()["loss"]))
 
 
 @pytest.mark.parametrize("model", ["vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_other_backbones_and_precisions(tiny: Callable[..., Config], model: str, precision: str) -> None:
-    run = steps(Run(tiny(f"backbone.name={model}", f"precision={precision}")), 3)
+    run = steps(Trainer(tiny(f"backbone.name={model}", f"precision={precision}")), 3)
     values = run.meters.read()
     assert all(torch.isfinite(torch.tensor(value)) for value in values.values())
     assert all(parameter.dtype == torch.float32 for parameter in run.student.parameters())
 
 
 def test_data_in_memory(tiny: Callable[..., Config]) -> None:
-    run = steps(Run(tiny("data.in_memory=true", "data.workers=2")), 2)
+    run = steps(Trainer(tiny("data.in_memory=true", "data.workers=2")), 2)
     assert isinstance(run.stream, Stream)
     assert run.stream.workers == 0
 

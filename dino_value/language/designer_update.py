@@ -199,7 +199,7 @@ class ValueMap(NamedTuple):
         }
 
 
-class Steer:
+class DesignerUpdate:
     """φ or its stand-in, the feedback that teaches it, and all of their state."""
 
     def __init__(

@@ -17,7 +17,7 @@ from torch import Tensor
 from dino_value.errors import UserError
 from dino_value.language.config import METHODS, LanguageConfig, load_language_config
 from dino_value.language.learner import available_memory, memory_needed
-from dino_value.language.train import Run, train
+from dino_value.language.trainer import Trainer, train
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
 
@@ -35,13 +35,13 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def steps(run: Run, count: int) -> Run:
+def steps(run: Trainer, count: int) -> Trainer:
     for _ in range(count):
         run.learner_update()
     return run
 
 
-def weights(run: Run) -> dict[str, Tensor]:
+def weights(run: Trainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in run.learner.model.named_parameters()}
 
 
@@ -64,24 +64,24 @@ def test_a_stopped_run_goes_on_bit_for_bit(tiny: Callable[..., LanguageConfig], 
 
 
 def test_alpha_zero_is_the_baseline_bit_for_bit(tiny: Callable[..., LanguageConfig]) -> None:
-    plain = weights(steps(Run(tiny("method=baseline")), 3))
+    plain = weights(steps(Trainer(tiny("method=baseline")), 3))
     for method in ("value", "random", "uniform", "self_distillation"):
-        found = weights(steps(Run(tiny(f"method={method}", "targets.alpha_max=0")), 3))
+        found = weights(steps(Trainer(tiny(f"method={method}", "targets.alpha_max=0")), 3))
         assert same(plain, found), method
-    designed = weights(steps(Run(tiny("method=value")), 3))
+    designed = weights(steps(Trainer(tiny("method=value")), 3))
     assert not same(plain, designed)
 
 
 def test_burn_in_is_the_baseline(tiny: Callable[..., LanguageConfig]) -> None:
-    plain = weights(steps(Run(tiny("method=baseline")), 3))
+    plain = weights(steps(Trainer(tiny("method=baseline")), 3))
     for method in ("value", "closed_form", "uniform"):
-        assert same(plain, weights(steps(Run(tiny(f"method={method}", "value.burn_in=3")), 3)))
+        assert same(plain, weights(steps(Trainer(tiny(f"method={method}", "value.burn_in=3")), 3)))
 
 
 def test_the_learners_step_is_plain_cross_entropy(tiny: Callable[..., LanguageConfig]) -> None:
     """Against Hugging Face's own loss and torch's AdamW, micro-batches weighted by their tokens."""
     config = tiny("method=baseline", "optim.warmup=0")
-    run, other = Run(config), Run(config)
+    run, other = Trainer(config), Trainer(config)
     model = other.learner.model
     batch = other.stream.batch(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=other.lr(), betas=config.optim.betas, weight_decay=0.0)
@@ -95,7 +95,7 @@ def test_the_learners_step_is_plain_cross_entropy(tiny: Callable[..., LanguageCo
 
 
 def test_lora_trains_its_own_weights_alone(tiny: Callable[..., LanguageConfig]) -> None:
-    run = Run(tiny("method=value", "learner.lora.rank=2", "learner.lora.dropout=0.1"))
+    run = Trainer(tiny("method=value", "learner.lora.rank=2", "learner.lora.dropout=0.1"))
     assert all("lora_" in name for name in run.learner.trained())
     assert run.learner.scope.start == 1
     before = weights(run)
@@ -109,7 +109,7 @@ def test_the_export_is_the_learner(tiny: Callable[..., LanguageConfig], root: Pa
 
     folder = train(tiny("method=baseline", "learner.lora.rank=2", "checkpoint.export=true"), quiet=True)
     exported = transformers.AutoModelForCausalLM.from_pretrained(folder / "learner")
-    run = Run(load_language_config(folder / "config.yaml"))
+    run = Trainer(load_language_config(folder / "config.yaml"))
     run.load_state_dict(load_checkpoint(folder, "learner"))
     ids = torch.arange(10)[None]
     run.learner.eval()
@@ -156,7 +156,7 @@ def test_a_gguf_file_is_trained_and_exported(tiny: Callable[..., LanguageConfig]
     embeddings = write_gguf(tmp_path / "tiny.gguf")
     given = [f"learner.model={tmp_path}/tiny.gguf", f"learner.tokenizer={root}/model", "checkpoint.export=true"]
     config = tiny("method=baseline", "steps=1", *given)
-    run = Run(config)
+    run = Trainer(config)
     assert torch.equal(run.learner.embedding, embeddings)
     assert len(run.learner.trained()) == len(list(run.learner.model.parameters()))
     folder = train(config, quiet=True)
@@ -167,7 +167,7 @@ def test_a_gguf_file_is_trained_and_exported(tiny: Callable[..., LanguageConfig]
 
 
 def test_sft_trains_on_feedback_too(tiny: Callable[..., LanguageConfig], root: Path) -> None:
-    run = steps(Run(tiny("method=sft", f"held.file={root}/test.jsonl")), 2)
+    run = steps(Trainer(tiny("method=sft", f"held.file={root}/test.jsonl")), 2)
     assert run.steer is None
     assert {"feedback_loss", "loss"} <= set(run.meters.read())
     assert run.held_loss()["held_loss"] > 0
@@ -177,7 +177,7 @@ def test_the_budget_ends_a_run(tiny: Callable[..., LanguageConfig]) -> None:
     config = tiny("method=baseline", "budget.seconds=0.001", "steps=100")
     folder = train(config, quiet=True)
     assert read_metrics(folder)[-1]["step"] == 1
-    run = Run(config)
+    run = Trainer(config)
     run.seconds = 0.0005
     middle = run.lr()
     run.seconds = 0.001
@@ -186,17 +186,17 @@ def test_the_budget_ends_a_run(tiny: Callable[..., LanguageConfig]) -> None:
 
 @pytest.mark.parametrize(("direction", "burn_in"), [("adam", 20), ("cosine", 0)])
 def test_adam_and_cosine_directions(tiny: Callable[..., LanguageConfig], direction: str, burn_in: int) -> None:
-    run = Run(tiny("method=value", f"value.direction={direction}", f"value.burn_in={burn_in}"))
+    run = Trainer(tiny("method=value", f"value.direction={direction}", f"value.burn_in={burn_in}"))
     assert steps(run, burn_in + 1).steer.updates == 1  # type: ignore[union-attr]
 
 
 def test_checkpointing_changes_nothing(tiny: Callable[..., LanguageConfig]) -> None:
-    one, other = (steps(Run(tiny(f"learner.checkpointing={flag}")), 3) for flag in ("false", "true"))
+    one, other = (steps(Trainer(tiny(f"learner.checkpointing={flag}")), 3) for flag in ("false", "true"))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(one).values(), weights(other).values()))  # noqa: B905
 
 
 def test_bfloat16(tiny: Callable[..., LanguageConfig]) -> None:
-    run = steps(Run(tiny("method=value", "precision=bf16", "data.packing=best_fit")), 3)
+    run = steps(Trainer(tiny("method=value", "precision=bf16", "data.packing=best_fit")), 3)
     assert run.meters.read()["loss"] < 10
     assert {value.dtype for value in run.learner.trained().values()} == {torch.float32}
 
@@ -247,7 +247,7 @@ def test_feedback_that_is_in_the_test_set(tiny: Callable[..., LanguageConfig], r
     test = tmp_path / "test.jsonl"
     test.write_text(leaked + "\n")
     with pytest.raises(UserError, match=r"overlaps the test file .*for example") as error:
-        Run(tiny(f"feedback.test=[{test}]"))
+        Trainer(tiny(f"feedback.test=[{test}]"))
     assert json.loads(leaked)["question"][:20] in str(error.value)
 
 
@@ -262,7 +262,7 @@ def test_a_model_that_cannot_fit(
     config = json.loads((huge / "config.json").read_text())
     (huge / "config.json").write_text(json.dumps({**config, "hidden_size": 65536, "num_hidden_layers": 200}))
     with pytest.raises(UserError, match=r"needs at least .* GiB on cpu") as error:
-        Run(tiny(f"learner.model={huge}"))
+        Trainer(tiny(f"learner.model={huge}"))
     assert str(error.value).endswith(f"{free}.0 GiB are free; choose {advice}")
     assert memory_needed(10, trained=True) == 160
     assert available_memory(torch.device("cpu")) > 0

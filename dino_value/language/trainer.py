@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dino_value.errors import Interrupted, UserError
 from dino_value.language.config import SOFT, LanguageConfig
+from dino_value.language.designer_update import DesignerUpdate, check_candidates, open_feedback, open_streams
 from dino_value.language.evaluate import answer_loss
 from dino_value.language.learner import Learner, evaluating, export_learner, load_model, load_tokenizer, load_trained
-from dino_value.language.steer import Steer, check_candidates, open_feedback, open_streams
 from dino_value.language.stream import Batch, ExampleSet, TextStream
 from dino_value.language.targets import next_token, soft_cross_entropy
 from dino_value.language.text import Encoder, read_examples
@@ -55,7 +55,7 @@ def _train(config: LanguageConfig, quiet: bool, override: bool, stopping: Stops)
     folder = Path(config.out)
     check_trackers(config.track)
     newest = latest_checkpoint(folder / "checkpoints")
-    run = Run(config)
+    run = Trainer(config)
     changed = prepare_folder(config, folder, override)  # after all that may refuse: a mistake leaves no folder behind
     warnings = [f"other settings from here on: {'; '.join(changed)}"] if changed else []
     if newest is not None:
@@ -113,7 +113,7 @@ def _train(config: LanguageConfig, quiet: bool, override: bool, stopping: Stops)
     return folder
 
 
-class Run:
+class Trainer:
     """Everything that must survive a kill, and the learner's update."""
 
     def __init__(self, config: LanguageConfig) -> None:
@@ -136,9 +136,9 @@ class Run:
         sources, d = open_streams(config), config.data
         self.stream = TextStream(sources, d.weights, self.encoder, d.length, d.packing, d.buffer, config.seed, "stream")
         self.meters, self.guard = Meters(), FiniteGuard()
-        self.steer: Steer | None = None
+        self.steer: DesignerUpdate | None = None
         if config.method in SOFT:
-            self.steer = Steer(
+            self.steer = DesignerUpdate(
                 config, self.learner, self.optimizer, self.encoder, sources, self.guard, self.meters, self.autocast
             )
         self.feedback: list[ExampleSet] = []  # sft alone
