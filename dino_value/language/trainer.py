@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_value.errors import Interrupted, UserError
+from dino_value.errors import UserError
 from dino_value.language.config import SOFT, LanguageConfig
 from dino_value.language.designer_update import DesignerUpdate, check_candidates, open_feedback, open_streams
 from dino_value.language.evaluate import answer_loss
@@ -28,6 +27,7 @@ from dino_value.language.targets import next_token, soft_cross_entropy
 from dino_value.language.text import Encoder, read_examples
 from dino_value.runs.checkpoint import latest_checkpoint, newest_whole, save_checkpoint, tidy
 from dino_value.runs.folder import prepare_folder, record_environment
+from dino_value.runs.loop import Concern, Log, interrupted, say_warnings
 from dino_value.runs.metrics import Meters, MetricsFile, Reporter, environment
 from dino_value.runs.process import Stops, bfloat16, choose_device, stop_requests
 from dino_value.runs.trackers import Trackers, check_trackers
@@ -53,64 +53,103 @@ def train(config: LanguageConfig, quiet: bool = False, override: bool = False) -
 
 def _train(config: LanguageConfig, quiet: bool, override: bool, stopping: Stops) -> Path:
     folder = Path(config.out)
+    trainer, warnings = open_run(config, folder, override)
+    if trainer.done():
+        return folder
+    trackers = Trackers(config.track, folder, trainer.step, dataclasses.asdict(config))
+    with (
+        MetricsFile(folder, trainer.step, trackers) as metrics,
+        Reporter(config.method, config.steps, trainer.step, quiet) as reporter,
+    ):
+        log = Log(metrics, reporter)
+        log.resumed(trainer.step, warnings)
+        checkpoints = Checkpoints(trainer, folder, stopping)
+        concerns: list[Concern] = [Measurements(trainer, log), checkpoints, checkpoints.stop]
+        while not trainer.done():
+            trainer.learner_update()
+            stopping.hold()  # there is a step to save
+            for concern in concerns:
+                concern(trainer.step)
+    stopping.hold()  # a run that is done is not exported again
+    if config.checkpoint.export:
+        export_learner(trainer.learner.model, trainer.encoder.tokenizer, folder / "learner")
+    return folder
+
+
+def open_run(config: LanguageConfig, folder: Path, override: bool) -> tuple[Trainer, list[str]]:
+    """The run of these settings, new or gone on with, its folder made; and what there is to be said.
+
+    Raises:
+        UserError: settings, data, the model or the folder's other settings do not allow it.
+    """
     check_trackers(config.track)
     newest = latest_checkpoint(folder / "checkpoints")
-    run = Trainer(config)
+    trainer = Trainer(config)
     changed = prepare_folder(config, folder, override)  # after all that may refuse: a mistake leaves no folder behind
     warnings = [f"other settings from here on: {'; '.join(changed)}"] if changed else []
     if newest is not None:
         state, damaged = newest_whole(folder / "checkpoints", "learner")
-        run.load_state_dict(state)
+        trainer.load_state_dict(state)
         warnings += damaged
         with contextlib.suppress(OSError):  # the next checkpoint says what is wrong with the disk
             tidy(folder / "checkpoints", config.checkpoint.keep)
-    for text in warnings:
-        print(f"warning: {text}", file=sys.stderr)
-    if run.done():
-        return folder
-    record_environment(folder, environment(config.seed, run.device) | ({"changed": changed} if changed else {}))
+    say_warnings(warnings)
+    if not trainer.done():
+        found = environment(config.seed, trainer.device)
+        record_environment(folder, found | ({"changed": changed} if changed else {}))
+    return trainer, warnings
 
-    trackers = Trackers(config.track, folder, run.step, dataclasses.asdict(config))
-    with (
-        MetricsFile(folder, run.step, trackers) as metrics,
-        Reporter(config.method, config.steps, run.step, quiet) as reporter,
-    ):
-        for text in warnings:
-            metrics.write(run.step, {"event": "resumed", "message": text})
-        start = run.held_loss() if run.step == 0 and run.held is not None else None
-        while not run.done():
-            run.learner_update()
-            stopping.hold()  # there is a step to save
-            if start is not None:  # where the curve against tokens begins
-                metrics.write(0, {"tokens": 0, **start})
-                start = None
-            reporter.advance(run.step)
-            while run.steer is not None and run.steer.notes:
-                reporter.note(run.steer.notes.pop(0))
-            while run.steer is not None and run.steer.warnings:
-                text = run.steer.warnings.pop(0)
-                reporter.warn(text)
-                metrics.write(run.step, {"event": "lookahead", "message": text})
-            last = run.done()
-            values: dict[str, float] = {}
-            if run.held is not None and (run.step % config.held.every == 0 or last):
-                values |= run.held_loss()
-            if run.step % config.log_every == 0 or last:
-                run.guard.check(wait=True)
-                values |= run.meters.read() | run.pace()
-            if values:
-                metrics.write(run.step, {"tokens": run.tokens, **values})
-                reporter.say(run.step, values)
-            first_update = run.steer is not None and run.step == config.value.burn_in  # is next, and may take long
-            if run.step % config.checkpoint.every == 0 or last or stopping() or first_update:
-                run.save(folder)
-                stopping.release()
-            if stopping() and not last:
-                raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
-    stopping.hold()  # a run that is done is not exported again
-    if config.checkpoint.export:
-        export_learner(run.learner.model, run.encoder.tokenizer, folder / "learner")
-    return folder
+
+class Measurements:
+    """One row of metrics.jsonl every `log_every` steps, the held-out loss every `held.every`; the bar, and what the
+    designer's update has to say."""
+
+    def __init__(self, trainer: Trainer, log: Log) -> None:
+        self.trainer, self.log = trainer, log
+        self.start = trainer.held_loss() if trainer.step == 0 and trainer.held is not None else None
+
+    def __call__(self, step: int) -> None:
+        trainer, config, last = self.trainer, self.trainer.config, self.trainer.done()
+        if self.start is not None:  # where the curve against tokens begins
+            self.log.write(0, {"tokens": 0, **self.start}, shown=False)
+            self.start = None
+        self.log.reporter.advance(step)
+        while trainer.steer is not None and trainer.steer.notes:
+            self.log.note(trainer.steer.notes.pop(0))
+        while trainer.steer is not None and trainer.steer.warnings:
+            self.log.warn(step, "lookahead", trainer.steer.warnings.pop(0))
+        values: dict[str, float] = {}
+        if trainer.held is not None and (step % config.held.every == 0 or last):
+            values |= trainer.held_loss()
+        if step % config.log_every == 0 or last:
+            trainer.guard.check(wait=True)
+            values |= trainer.meters.read() | trainer.pace()
+        if values:
+            self.log.write(step, {"tokens": trainer.tokens, **values})
+
+
+class Checkpoints:
+    """Saved every `checkpoint.every` steps, at the end, before the first of the designer's updates, and when asked to
+    stop; `stop` then ends the run."""
+
+    def __init__(self, trainer: Trainer, folder: Path, stopping: Stops) -> None:
+        self.trainer, self.folder, self.stopping = trainer, folder, stopping
+        self.asked = False
+
+    def __call__(self, step: int) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        self.asked = self.stopping()
+        first_update = trainer.steer is not None and step == config.value.burn_in  # is next, and may take long
+        if step % config.checkpoint.every == 0 or trainer.done() or self.asked or first_update:
+            trainer.save(self.folder)
+            self.stopping.release()
+
+    def stop(self, step: int) -> None:
+        """Raises:
+        Interrupted: a signal has asked to stop; everything is saved.
+        """
+        if self.asked and not self.trainer.done():
+            raise interrupted(step, self.trainer.config.steps)
 
 
 class Trainer:

@@ -238,7 +238,7 @@ def environment(seed: int, device: torch.device) -> dict[str, Any]:
 
 def _git_state() -> str | None:
     """The commit of this program's own checkout, with a mark when it has changes; None for an installed package."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]

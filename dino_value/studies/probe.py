@@ -30,6 +30,7 @@ from dino_value.runs.metrics import follow
 from dino_value.training.agreement import direction_agreement, verdict
 from dino_value.training.designer_update import DesignerUpdate, open_scope
 from dino_value.training.feedback import FeedbackTask, batch_gradient
+from dino_value.training.start import start_from
 from dino_value.training.steps import make_views
 from dino_value.training.trainer import Trainer
 from dino_value.value import (
@@ -147,7 +148,7 @@ def probe_start(source: Path, overrides: Sequence[str], pairs: int) -> dict[str,
     if file.is_file():
         run.load_state_dict(load_checkpoint(source))
     elif config.start_from is not None:
-        run.start_from(load_checkpoint(packaged(config.start_from)))
+        start_from(run, load_checkpoint(packaged(config.start_from)))
     if run.steer is None:
         raise UserError(f"method={config.method} follows no direction: choose method=value and designer.name=targets")
     run.loss.begin(run.step, run.teacher)

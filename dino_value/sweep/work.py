@@ -32,6 +32,7 @@ from dino_value.runs.metrics import duration
 from dino_value.sweep import language
 from dino_value.sweep.claims import Claim, alone
 from dino_value.sweep.spec import Params, Sweep, is_named
+from dino_value.training.start import start_from
 from dino_value.training.trainer import Trainer, train
 
 if TYPE_CHECKING:
@@ -272,7 +273,7 @@ def run_reference(sweep: Sweep, name: str) -> dict[str, float]:
     elif not (folder / WEIGHTS_NAME).is_file():
         run = Trainer(config)
         if config.start_from is not None:
-            run.start_from(load_checkpoint(packaged(config.start_from)))
+            start_from(run, load_checkpoint(packaged(config.start_from)))
         prepare_folder(config, folder)
         save_backbone(folder / WEIGHTS_NAME, run.teacher.backbone, {"step": "0"})
     return measure(sweep, config, folder / "results")

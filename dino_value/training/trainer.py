@@ -10,31 +10,26 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_value.config import Config, packaged
-from dino_value.data import SkippingViews, open_views
+from dino_value.data import open_views
 from dino_value.data.conventions import as_configured
-from dino_value.data.sampling import Stream, generator, key
+from dino_value.data.sampling import Stream, key
 from dino_value.distributed import group as distributed
-from dino_value.distributed.fsdp import Plain, check_sharding, collect, full, shard, spread_state
-from dino_value.distributed.shards import WHOLE
-from dino_value.errors import Interrupted, UserError
+from dino_value.distributed.fsdp import Plain, check_sharding, collect, shard, spread_state
+from dino_value.errors import UserError
 from dino_value.files import write_json
 from dino_value.models.backbone import WEIGHTS_NAME, backbone_weights, create_backbone, write_weights
 from dino_value.models.linear import choose_matmul, use_onednn
 from dino_value.models.weight_files import is_whole
-from dino_value.models.weights import Reading, fit_positions, load_head
-from dino_value.objectives.interface import Draw, LossTerms
-from dino_value.report.gallery import mask_pictures
+from dino_value.models.weights import Reading, fit_positions
 from dino_value.runs.checkpoint import (
-    FOREIGN,
     Best,
     Writer,
     latest_checkpoint,
@@ -45,12 +40,15 @@ from dino_value.runs.checkpoint import (
     tidy,
 )
 from dino_value.runs.folder import prepare_folder, record_environment
+from dino_value.runs.loop import Concern, Log, interrupted, say_warnings
 from dino_value.runs.metrics import Clock, Meters, MetricsFile, Reporter, environment
 from dino_value.runs.process import Stops, choose_device, stop_requests, use_bfloat16
 from dino_value.runs.trackers import Trackers, check_trackers
+from dino_value.training.after_step import Checkpoints, Evaluate, Evaluations, Measurements, Pictures, Progress
 from dino_value.training.designer_update import DesignerUpdate, not_finite
 from dino_value.training.feedback import FeedbackTask, Labels
 from dino_value.training.health import Checkup, CollapseWatch, Event
+from dino_value.training.methods import METHODS
 from dino_value.training.optim import (
     Evidence,
     FiniteGuard,
@@ -60,13 +58,8 @@ from dino_value.training.optim import (
     parameter_groups,
 )
 from dino_value.training.replay_file import save_replay
-from dino_value.training.steps import Learner, Views, build_objective, make_views, update_teacher
-from dino_value.value import average
-
-OPTIONAL = ("patch_head", "mask_token", "ibot", "gram_teacher")  # parts of learners and objectives
-
-
-Evaluate = Callable[[Path], str]
+from dino_value.training.start import start_from, start_head
+from dino_value.training.steps import Learner, build_objective, update_teacher
 
 
 def train(
@@ -103,110 +96,91 @@ def _train(
     evaluate: Evaluate | None,
     stopping: Stops,
 ) -> Path:
-    folder, first = Path(config.out), distributed.is_first()
+    folder, end = Path(config.out), min(config.steps, until or config.steps)
+    trainer, checkup, warnings = open_run(config, folder, override)
+    if trainer.step >= end:
+        return folder
+    if distributed.anywhere(stopping()):
+        raise interrupted(trainer.step, config.steps)
+    clock = Clock()
+    with open_log(config, folder, trainer.step, quiet) as log, trainer.evidence(folder):
+        log.resumed(trainer.step, warnings)
+        checkpoints = Checkpoints(trainer, folder, end, stopping)
+        concerns: list[Concern] = [
+            Progress(log, trainer.steer),
+            Measurements(trainer, log, clock, checkup),
+            Evaluations(trainer, log, folder, evaluate),
+            checkpoints,
+            Pictures(trainer, log, checkpoints),
+            checkpoints.stop,
+        ]
+        for large, small in clock.waiting(trainer.stream.iterate(trainer.step, end)):
+            trainer.learner_update(large, small)
+            stopping.hold()  # there is a step to save
+            for concern in concerns:
+                concern(trainer.step)
+    trainer.writer.wait()
+    return folder
+
+
+def open_run(config: Config, folder: Path, override: bool) -> tuple[Trainer, Checkup | None, list[str]]:
+    """The run of these settings, new or gone on with, its folder made; and what there is to be said.
+
+    Raises:
+        UserError: settings, data, weights or the folder's other settings do not allow it.
+    """
+    first = distributed.is_first()
     check_trackers(config.track)
     newest = distributed.from_first(lambda: latest_checkpoint(folder / "checkpoints"))
-    run = Trainer(config)
+    trainer = Trainer(config)
     checkup = Checkup(config) if config.health.every and first else None
     if newest is None and config.start_from is not None:
-        run.start_from(load_checkpoint(packaged(config.start_from)))
+        start_from(trainer, load_checkpoint(packaged(config.start_from)))
     if newest is None and config.objective.head is not None:
-        run.start_head(config.objective.head)
+        start_head(trainer, config.objective.head)
     # After all that may refuse: a mistake leaves no folder behind.
     changed = distributed.from_first(lambda: prepare_folder(config, folder, override))
     warnings = [f"other settings from here on: {'; '.join(changed)}"] if changed else []
     if newest is not None:
-        state: dict[str, Any] = {}
-
-        def look() -> list[str]:
-            nonlocal state
-            state, damaged = newest_whole(folder / "checkpoints")
-            return damaged
-
-        warnings += distributed.from_first(look)
-        run.resume(state or load_checkpoint(folder))
-        if first:
-            with contextlib.suppress(OSError):  # the next checkpoint says what is wrong with the disk
-                tidy(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, run.best.step)
-        if distributed.from_first(lambda: not is_whole(folder / WEIGHTS_NAME)):
-            run.save_weights(folder)
-    for text in warnings if first else ():
-        print(f"warning: {text}", file=sys.stderr)
-    end = min(config.steps, until or config.steps)
-    if run.step >= end:
-        return folder
-    metrics: MetricsFile | None = None
+        warnings += go_on(trainer, folder)
     if first:
-        found = environment(config.seed, run.device) | {"processes": distributed.world()}
+        say_warnings(warnings)
+    if first and trainer.step < config.steps:
+        found = environment(config.seed, trainer.device) | {"processes": distributed.world()}
         record_environment(folder, found | ({"changed": changed} if changed else {}))
-        if run.feedback:
-            write_json(folder / "splits.json", {task.kind: task.splits() for task in run.feedback})
-    if distributed.anywhere(stopping()):
-        raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
-    if first:
-        trackers = Trackers(config.track, folder, run.step, dataclasses.asdict(config))
-        metrics = MetricsFile(folder, run.step, trackers)
-        for text in warnings:
-            metrics.write(run.step, {"event": "resumed", "message": text})
-    clock = Clock()
-    with (
-        metrics or contextlib.nullcontext(),
-        Reporter(config.method, config.steps, run.step, quiet) as reporter,
-        run.evidence(folder),
-    ):
-        for large, small in clock.waiting(run.stream.iterate(run.step, end)):
-            run.learner_update(large, small)
-            stopping.hold()  # there is a step to save
-            reporter.advance(run.step)
-            while run.steer is not None and run.steer.notes:
-                reporter.note(run.steer.notes.pop(0))
-            last = run.step == config.steps
-            values: dict[str, float] = {}
-            if config.health.every and (run.step % config.health.every == 0 or last):
-                with run.plain.filled() as plain:
-                    if checkup is not None:
-                        values |= checkup.measure(plain.teacher.backbone, getattr(run.loss, "center", None))
-            if run.step % config.log_every == 0 or last:
-                run.guard.check(wait=True)
-            events = run.take_events()
-            if run.step % config.log_every == 0 or last:
-                values |= run.meters.read() | run.schedules(run.step - 1) | clock.read(config.optim.batch_size)
-                if isinstance(run.stream.source, SkippingViews):
-                    values["unreadable"] = run.stream.source.unreadable
-            if values:
-                run.best.see(values)
-            if values and metrics is not None:
-                metrics.write(run.step, values)
-                reporter.say(run.step, values)
-                events += run.collapse.judge(run.step, values)
-            if metrics is not None:
-                for event in events:
-                    metrics.write(run.step, {"event": event.kind, "message": event.text})
-                    reporter.warn(event.text)
-            if config.evaluation.every and (run.step % config.evaluation.every == 0 or last):
-                place = folder / "evaluations" / f"step_{run.step:08d}"
-                run.save_weights(place)
-                if evaluate is not None and metrics is not None:
-                    try:
-                        reporter.note(evaluate(place))
-                    except UserError as error:
-                        metrics.write(run.step, {"event": "not evaluated", "message": str(error)})
-                        reporter.warn(f"{place.name}: not evaluated: {error}")
-            stop, due = distributed.anywhere(stopping()), run.step % config.checkpoint.every == 0 or run.step == end
-            if due:
-                run.best.judge(run.step)
-            first_update = run.steer is not None and run.step == config.value.burn_in  # is next, and may take long
-            if due or stop or first_update:
-                run.save(folder)
-                if not config.checkpoint.background:
-                    stopping.release()
-            if due and metrics is not None:
-                metrics.pictures(run.step, lambda: mask_pictures(config, run.steer))
-            if stop and run.step < end:
-                run.writer.wait()
-                raise Interrupted(f"stopped at step {run.step} of {config.steps}; the same command goes on from there")
-        run.writer.wait()
-    return folder
+        if trainer.feedback:
+            write_json(folder / "splits.json", {task.kind: task.splits() for task in trainer.feedback})
+    return trainer, checkup, warnings
+
+
+def go_on(trainer: Trainer, folder: Path) -> list[str]:
+    """Resume from the newest whole checkpoint; which ones were damaged."""
+    config, state = trainer.config, dict[str, Any]()
+
+    def look() -> list[str]:
+        nonlocal state
+        state, damaged = newest_whole(folder / "checkpoints")
+        return damaged
+
+    damaged = distributed.from_first(look)
+    trainer.resume(state or load_checkpoint(folder))
+    if distributed.is_first():
+        with contextlib.suppress(OSError):  # the next checkpoint says what is wrong with the disk
+            tidy(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every, trainer.best.step)
+    if distributed.from_first(lambda: not is_whole(folder / WEIGHTS_NAME)):
+        trainer.save_weights(folder)
+    return damaged
+
+
+@contextlib.contextmanager
+def open_log(config: Config, folder: Path, step: int, quiet: bool) -> Iterator[Log]:
+    """Of several processes the first alone writes metrics.jsonl and tells the trackers."""
+    with contextlib.ExitStack() as stack:
+        metrics = None
+        if distributed.is_first():
+            trackers = Trackers(config.track, folder, step, dataclasses.asdict(config))
+            metrics = stack.enter_context(MetricsFile(folder, step, trackers))
+        yield Log(metrics, stack.enter_context(Reporter(config.method, config.steps, step, quiet)))
 
 
 class Trainer:
@@ -280,128 +254,9 @@ class Trainer:
         self.stream = Stream(sources, config.optim.batch_size, config.seed, "unlabeled", workers, self.part)
 
     def learner_update(self, large: Tensor, small: Tensor) -> None:
-        """One step of Algorithm 1 on an unlabeled batch, or this process's part of it, uint8 [2 B 3 H W] and
+        """One step of the configured method on an unlabeled batch, or this process's shard of it, uint8 [2 B 3 H W] and
         [N B 3 h w]."""
-        if self.labels is not None:
-            return self.supervised_update(self.labels)
-        if self.config.method == "oracle":
-            return self.oracle_update()
-        config, steer, self.batch = self.config, self.steer, (large, small)
-        backbone, temperature = self.student.backbone, self.teacher_temperature()
-        views = make_views(
-            backbone, (large, small), config.views, self.device, config.seed, "learner", self.step, self.part
-        )
-        self.loss.begin(self.step, self.teacher)
-        if steer is not None:
-            steer.update_if_due(self.step, temperature)
-        start = 0 if steer is None else steer.scope.start
-        drawing = generator(config.seed, "objective", self.step)
-        draw = self.loss.draw(views.large, backbone.patch_size, drawing, self.part)
-        with torch.no_grad(), self.autocast():
-            learned = views if steer is None else steer.learned_views(views, self.step)
-            seen = learned if config.designer.teacher_views == "masked" else views
-            targets, logits = self.whole_teacher(self.loss.teach, seen.large, temperature, draw)
-            learned = learned if steer is None else steer.chosen_views(learned, targets)
-        # Stochastic depth is a function of the step, like the data, and the same in every arm.
-        torch.manual_seed(key(config.seed, "step", self.step, *([self.part.rank] if self.part != WHOLE else [])))
-        loss, parts = self.backward(learned, targets, draw, start)
-        if self.step < config.objective.freeze_last_layer:
-            self.student.zero_last_layers()
-        if self.step < config.optim.freeze_backbone:
-            backbone.zero_grad()
-        gradient_norm = full(torch.nn.utils.clip_grad_norm_(self.student.parameters(), config.optim.clip))
-        self.set_schedules()
-        named = {f"loss_{name}": part for name, part in parts.items()}
-        self.watch(loss=loss, gradient_norm=gradient_norm, **(named if len(named) > 1 else {}))
-        skipped = self.guard.step(self.optimizer)
-        if steer is not None:
-            scale = (config.optim.clip / gradient_norm.detach().clamp_min(1e-20)).clamp_max(1)
-            steer.clip_scale = torch.where(gradient_norm.isfinite(), scale, steer.clip_scale)
-        self.loss.update(logits)
-        momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
-        update_teacher(self.student, self.teacher, momentum)
-        if not skipped:
-            self.meters.add(loss=loss, **named, gradient_norm=gradient_norm, **self.loss.watch(targets))
-        self.step += 1
-
-    def backward(self, views: Views, targets: LossTerms, draw: Draw, start: int | None) -> tuple[Tensor, LossTerms]:
-        """The loss and, of this process, its parts; its gradient is left in the student, taken in
-        `optim.accumulate` passes over equal parts of the batch."""
-
-        def parts_of(student: Learner, views: Views, targets: LossTerms, draw: Draw) -> LossTerms:
-            steer, states, weights = self.steer, self.loss.states(student, views, start, draw), None
-            predictions = self.loss.predict(student, states, start, draw)
-            if steer is not None:
-                weights = steer.term_weights(states, targets, draw)
-                targets = steer.moved_targets(states, predictions, targets, draw, self.step)
-            return self.loss.parts(self.loss.terms_of(predictions, targets), draw, weights)
-
-        passes = WHOLE.split(self.config.optim.accumulate)
-        found: list[tuple[Tensor, LossTerms]] = []
-        self.optimizer.zero_grad()
-        for part in passes:
-            own = (targets, draw) if part == WHOLE else self.loss.cut(targets, draw, part)
-            with distributed.reduced(self.whole, last=part == passes[-1]):
-                # A context of its own: autocast would go on using the casts of weights that it made without a graph.
-                with self.autocast():
-                    parts = self.whole(parts_of, views.part(part), *own)
-                    loss = self.loss.total(parts)
-                (loss / len(passes)).backward()
-            found.append((loss.detach(), {name: value.detach() for name, value in parts.items()}))
-        losses, many = zip(*found, strict=True)
-        mean = {name: torch.stack([parts[name] for parts in many]).mean(0) for name in many[0]}
-        return average([torch.stack(losses).mean(0)])[0], mean
-
-    def supervised_update(self, labels: Labels) -> None:
-        """A step on labels alone, with the learner's optimizer, schedules and average: what the labels are worth if
-        they are spent on the backbone itself."""
-        config, backbone = self.config, self.student.backbone
-        if self.step == 0:
-            labels.warm_up(backbone, self.guard)
-        torch.manual_seed(key(config.seed, "step", self.step))
-        with self.autocast():
-            losses = labels.losses(backbone)
-        loss = labels.total(losses)
-        for optimizer in (self.optimizer, *labels.optimizers):
-            optimizer.zero_grad()
-        loss.backward()
-        gradient_norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(), config.optim.clip)
-        self.set_schedules()
-        numbers = {task.kind: task.train.count - 1 for task in labels.feedback}
-        batches = "; ".join(task.train_stream.describe(numbers[task.kind]) for task in labels.feedback)
-        step = self.step
-        for optimizer in (self.optimizer, *labels.optimizers):
-            self.guard.watch(
-                optimizer,
-                lambda bad: f"step {step}: {bad} not finite; nothing was applied. {batches}. Lower optim.lr",
-                loss=loss,
-                gradient_norm=gradient_norm,
-            )
-        for optimizer in (self.optimizer, *labels.optimizers):
-            self.guard.step(optimizer)
-        momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
-        update_teacher(self.student, self.teacher, momentum)
-        self.meters.add(loss=loss, **losses, gradient_norm=gradient_norm)
-        self.step += 1
-
-    def oracle_update(self) -> None:
-        """A step along u itself by the learner's own optimizer: is the direction any good? No value method may do this,
-        and no loss is self-supervised here."""
-        config, steer = self.config, self.steer
-        assert steer is not None
-        self.loss.begin(self.step, self.teacher)
-        steer.update_if_due(self.step, self.teacher_temperature())
-        self.optimizer.zero_grad()
-        if steer.direction is not None:  # none before burn-in is over
-            for parameter, part in zip(steer.trained, steer.direction, strict=True):
-                parameter.grad = part.to(parameter.dtype, copy=True)
-        gradient_norm = torch.nn.utils.clip_grad_norm_(steer.trained, config.optim.clip)
-        self.set_schedules()
-        self.watch(gradient_norm=gradient_norm)
-        self.guard.step(self.optimizer)
-        momentum = cosine_schedule(self.step, config.steps, config.objective.teacher_momentum, 1.0)
-        update_teacher(self.student, self.teacher, momentum)
-        self.meters.add(gradient_norm=gradient_norm)
+        METHODS[self.config.method](self, large, small)
         self.step += 1
 
     @property
@@ -410,14 +265,21 @@ class Trainer:
         user = self.steer or self.labels
         return [] if user is None else user.feedback
 
-    def watch(self, **terms: Tensor) -> None:
-        """Have the guard refuse the learner's step if a term is not finite."""
+    def apply(self, **terms: Tensor) -> bool:
+        """The optimizer's step with this step's schedules, unless a term is not finite; whether it was taken."""
         step, stream = self.step, self.stream
 
         def message(bad: str) -> str:
             return not_finite(step, bad, stream, step)
 
+        self.set_schedules()
         self.guard.watch_skippable(self.optimizer, message, Evidence(step, self.batch), **terms)
+        return not self.guard.step(self.optimizer)
+
+    def update_teacher(self) -> None:
+        """The teacher's moving average."""
+        momentum = cosine_schedule(self.step, self.config.steps, self.config.objective.teacher_momentum, 1.0)
+        update_teacher(self.student, self.teacher, momentum)
 
     @contextlib.contextmanager
     def evidence(self, folder: Path) -> Iterator[None]:
@@ -461,44 +323,6 @@ class Trainer:
             group["lr"] = now["lr"] * group.get("lr_scale", 1.0)
             if group["decay"]:
                 group["weight_decay"] = now["weight_decay"]
-
-    def start_from(self, state: dict[str, Any]) -> None:
-        """Begin a new run at the teacher of another: backbone, head and centre, for student and teacher alike.
-
-        What only options of the objective have (iBOT's head and mask token, a Gram teacher) stays fresh where the other
-        run lacks it.
-
-        Raises:
-            UserError: it is of another architecture or program.
-        """
-        if not isinstance(state.get("objective"), dict):
-            raise UserError(f"start_from={self.config.start_from}: not a checkpoint of this program; {FOREIGN}")
-        with self.plain.filled(write=True) as plain:
-            modules = (plain.student, plain.teacher, self.loss)
-            noted = fit_positions(modules, state, self.config.backbone.keep_grid)
-            if noted:
-                print(f"{self.config.start_from}: {noted}", file=sys.stderr)
-            for module, part in zip(modules, ("teacher", "teacher", "objective"), strict=True):
-                try:
-                    values = {name: value.float() for name, value in state[part].items()}
-                    found = module.load_state_dict(values, strict=False)
-                    odd = [*found.missing_keys, *found.unexpected_keys]
-                    odd = [name for name in odd if name.split(".")[0] not in OPTIONAL]
-                    if odd:
-                        raise RuntimeError(f"{len(odd)} tensors are in one of them only, {odd[0]} the first")
-                except RuntimeError as error:
-                    source = f"start_from={self.config.start_from}"
-                    raise UserError(f"{source}: {unlike(module, state[part], str(error))}") from None
-
-    def start_head(self, path: str) -> None:
-        """Begin with the projection heads, and the centre, of a DINO or DINOv2 training checkpoint.
-
-        Raises:
-            UserError: it has none, or of another size.
-        """
-        center = getattr(self.loss, "center", None)
-        with self.plain.filled(write=True) as plain:
-            print(load_head(path, plain.student.head, plain.teacher.head, center), file=sys.stderr)
 
     def save(self, folder: Path) -> None:
         """A checkpoint, and the teacher's backbone as timm-keyed weights."""
@@ -595,20 +419,3 @@ def _not_saved(folder: Path, step: int, error: OSError) -> UserError:
         f"{folder}: step {step} could not be saved ({error.strerror or error}); "
         "free space or choose another out=; earlier checkpoints are whole"
     )
-
-
-def unlike(module: nn.Module, given: Mapping[str, Tensor], error: str) -> str:
-    """Why the tensors `given`, of a checkpoint, do not fit `module`, and what to do; `error` is what torch said."""
-    shapes = {name: list(value.shape) for name, value in module.state_dict().items()}
-    wrong = [name for name in given if name in shapes and list(given[name].shape) != shapes[name]]
-    alone = [name for name in given.keys() ^ shapes.keys() if name.split(".")[0] not in OPTIONAL]
-    if any(name.startswith("backbone.") for name in [*wrong, *alone]):
-        what, fix = "a backbone of another architecture", "set backbone.name and backbone.kwargs as that run had them"
-    else:
-        what = "heads of another size or objective"
-        fix = "set objective.* as that run had it, or give backbone.weights in place of start_from for a fresh head"
-    name = next((name for name in shapes if name in wrong), None)
-    detail = (
-        f"{name} is {list(given[name].shape)} there, {shapes[name]} here" if name else " ".join(error.split())[:200]
-    )
-    return f"{what}: {detail}; {fix}"

@@ -40,6 +40,7 @@ from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.process import choose_device
 from dino_value.training import trainer as train
 from dino_value.training.optim import parameter_groups
+from dino_value.training.start import start_from
 from dino_value.training.steps import Views
 
 END = "end"
@@ -232,7 +233,7 @@ def serve(pipe: Connection, setting: Setting, threads: int, clock: str) -> None:
         with mock.patch.object(train, "choose_device", return_value=device):  # which would set the flag
             run = train.Trainer(setting.config)
         if setting.config.start_from is not None:
-            run.start_from(load_checkpoint(packaged(setting.config.start_from)))
+            start_from(run, load_checkpoint(packaged(setting.config.start_from)))
         loop = LOOPS[setting.loop](run, setting.bf16)
         del run
         pipe.send("ready")

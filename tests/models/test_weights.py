@@ -36,6 +36,7 @@ from dino_value.models.weights import (
 )
 from dino_value.objectives.dino import DINOHead
 from dino_value.runs.checkpoint import load_checkpoint
+from dino_value.training.start import start_from
 from dino_value.training.trainer import Trainer, train
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
@@ -602,7 +603,7 @@ def test_a_run_at_another_resolution_starts_from_the_resampled_table(
     table = load_checkpoint(first)["teacher"]["backbone.model.pos_embed"]
     larger = [part for part in PUBLISHED if "weights" not in part and "global" not in part]
     run = Trainer(tiny(*larger, "views.global_size=42", f"start_from={first}"))
-    run.start_from(load_checkpoint(first))
+    start_from(run, load_checkpoint(first))
     for learner in (run.student, run.teacher):
         assert torch.equal(learner.backbone.model.pos_embed, DINO.resample(table, (3, 3), 1))
         assert learner.backbone.positions == DINO

@@ -25,6 +25,7 @@ from dino_value.objectives.koleo import koleo
 from dino_value.objectives.sinkhorn import sinkhorn
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
+from dino_value.training.start import start_from
 from dino_value.training.steps import SSLTask, Views, design_views, make_views
 from dino_value.training.trainer import Trainer, train
 from dino_value.value import ENGINES, everything, inner, last_blocks, value_step
@@ -229,7 +230,7 @@ def test_two_halves_are_a_whole(
 def test_a_run_may_start_from_one_with_fewer_options(tiny: Make, tmp_path: Path) -> None:
     first = train(tiny("method=baseline", *GRID, "steps=1", f"out={tmp_path / 'first'}"), quiet=True)
     run = Trainer(tiny("method=baseline", *DINOV3, f"start_from={first}"))
-    run.start_from(load_checkpoint(first))
+    start_from(run, load_checkpoint(first))
     state = load_checkpoint(first)
     loaded = dict(run.student.state_dict())
     assert all(torch.equal(loaded[name], value) for name, value in state["teacher"].items())

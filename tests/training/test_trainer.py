@@ -32,6 +32,7 @@ from dino_value.runs.metrics import read_metrics
 from dino_value.runs.process import stop_requests
 from dino_value.training import trainer as train_module
 from dino_value.training.optim import cosine_schedule
+from dino_value.training.start import start_from
 from dino_value.training.trainer import Trainer, train
 
 TIMING = ("images_per_second", "data_wait", "seconds", "cpu_seconds")
@@ -459,7 +460,7 @@ def test_start_from_takes_the_teacher_of_another_run(tiny: Callable[..., Config]
     state = load_checkpoint(first)
     for source in (first, first / "checkpoints" / "step_00000004.pt"):
         run = Trainer(tiny(f"start_from={source}"))
-        run.start_from(load_checkpoint(source))
+        start_from(run, load_checkpoint(source))
         assert same(dict(run.student.state_dict()), state["teacher"])
         assert same(dict(run.teacher.state_dict()), state["teacher"])
         assert same(run.loss.state_dict(), state["objective"])
