@@ -26,11 +26,12 @@ from dino_value.files import write_text
 from dino_value.value import COMBINATIONS, LOOKAHEAD_OPTIMIZERS
 from dino_value.value.targets import LARGEST
 
-MASKS = ("unet", "sit")  # learned
+MASKS = ["unet", "sit"]  # learned; plugins add to these and to CHOICES
 CONTROLS = ("random_masks", "attention")  # masks that no label and no learning shape
 CLOSED_FORMS = ("weights", "best_of_n", "targets")
 LABEL_KEYS = {"seg": "data.ade20k", "depth": "data.nyuv2", "classes": "data.classes"}
 ADAM_BURN_IN = 20  # steps: after the first, Adam's direction lives in 6 of 150,080 coordinates (method section 8)
+TRACKERS = ["tensorboard", "wandb"]
 NOISE = ("random_targets",)  # the control of `targets` that no label shapes
 
 
@@ -240,6 +241,7 @@ class DesignerConfig:
     strength: float | None = (
         2.0  # of `targets`: s, or with kl the most it may be: long runs went to uniform outputs without
     )
+    options: dict[str, Any] = field(default_factory=dict)  # what a plugin's mask generator takes besides
     start_from: str | None = None  # a run folder or checkpoint whose mask generator begins this run
     frozen: bool = False  # the mask generator stays as it is
 
@@ -333,8 +335,8 @@ class TrackConfig:
 
     def __post_init__(self) -> None:
         for name in self.to:
-            if name not in ("tensorboard", "wandb"):
-                raise UserError(f"track.to={name}: choose tensorboard, wandb, or both as [tensorboard,wandb]")
+            if name not in TRACKERS:
+                raise UserError(f"track.to={name}: choose {', '.join(TRACKERS)}, or several as [tensorboard,wandb]")
 
 
 @dataclass
@@ -361,6 +363,7 @@ class Config:
     matmul: str = "torch"  # of float32 linear layers on the CPU; or onednn: faster on AMD processors; or auto
     start_from: str | None = None  # a run folder or checkpoint whose teacher, head and centre begin this run
     log_every: int = 10
+    plugins: list[str] = field(default_factory=list)  # modules or .py files that register parts: dino_value/plugins.py
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -401,29 +404,29 @@ class Config:
         return self.method == "finetune" or self.follows or (self.learns_masks and self.method != "adversarial")
 
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "method": ("value", "baseline", "random", "adversarial", "finetune", "oracle"),
-    "precision": ("auto", "bf16", "fp32"),
-    "matmul": ("auto", "torch", "onednn"),
-    "views.augment": ("kornia", "kornia_compiled", "torchvision"),
-    "objective.name": ("dino", "ijepa"),
-    "objective.centering": ("mean", "sinkhorn"),
-    "objective.gram.level": ("image", "batch"),
-    "objective.gram.negatives": ("keep", "clip", "clip_teacher"),
-    "checkpoint.best_mode": ("max", "min"),
-    "backbone.attention": ("auto", "sdpa", "math", "xformers", "varlen"),
-    "backbone.drop_path_mode": ("timm", "subset"),
-    "value.direction": ("dot", "cosine", "adam", "lookahead", "random"),
-    "value.lookahead.optimizer": LOOKAHEAD_OPTIMIZERS,
-    "value.engine": ("auto", "finite_difference", "double_backward"),
-    "value.combine": tuple(COMBINATIONS),
-    "designer.fill": ("blur", "mean", "noise"),
-    "designer.crops": ("global", "all"),
-    "designer.teacher_views": ("masked", "plain"),
-    "feedback.seg.head": ("linear", "conv"),
-    "feedback.depth.head": ("linear",),
-    "feedback.classes.head": ("linear",),
-    "distributed.strategy": ("ddp", "fsdp"),
+CHOICES: dict[str, list[str]] = {
+    "method": ["value", "baseline", "random", "adversarial", "finetune", "oracle"],
+    "precision": ["auto", "bf16", "fp32"],
+    "matmul": ["auto", "torch", "onednn"],
+    "views.augment": ["kornia", "kornia_compiled", "torchvision"],
+    "objective.name": ["dino", "ijepa"],
+    "objective.centering": ["mean", "sinkhorn"],
+    "objective.gram.level": ["image", "batch"],
+    "objective.gram.negatives": ["keep", "clip", "clip_teacher"],
+    "checkpoint.best_mode": ["max", "min"],
+    "backbone.attention": ["auto", "sdpa", "math", "xformers", "varlen"],
+    "backbone.drop_path_mode": ["timm", "subset"],
+    "value.direction": ["dot", "cosine", "adam", "lookahead", "random"],
+    "value.lookahead.optimizer": list(LOOKAHEAD_OPTIMIZERS),
+    "value.engine": ["auto", "finite_difference", "double_backward"],
+    "value.combine": list(COMBINATIONS),
+    "designer.fill": ["blur", "mean", "noise"],
+    "designer.crops": ["global", "all"],
+    "designer.teacher_views": ["masked", "plain"],
+    "feedback.seg.head": ["linear", "conv"],
+    "feedback.depth.head": ["linear"],
+    "feedback.classes.head": ["linear"],
+    "distributed.strategy": ["ddp", "fsdp"],
 }
 _TASK_AT_LEAST = (("weight", 0), ("train", 1), ("meta", 1), ("held", 0))
 _AT_LEAST: dict[str, float] = {
@@ -595,6 +598,8 @@ def _merged(source: str, loaded: DictConfig, overrides: Sequence[str], schema: t
         for key in _emptied(given, schema):
             OmegaConf.update(tree, key, {}, merge=False, force_add=True)
         tree = OmegaConf.merge(tree, given)  # type: ignore[assignment]
+    if any(item.name == "plugins" for item in fields(schema)):
+        _load_plugins(tree.get("plugins"))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except MissingMandatoryValue as error:
@@ -606,6 +611,14 @@ def _merged(source: str, loaded: DictConfig, overrides: Sequence[str], schema: t
         raise UserError(
             f"{source}: {error.full_key}={value}: refers to what is not there; write the value itself"
         ) from None
+
+
+def _load_plugins(given: Any) -> None:
+    """Before anything is checked, as plugins bring names of their own."""
+    from dino_value import plugins
+
+    if OmegaConf.is_list(given):  # else it is refused with what is not of its type
+        plugins.load([str(name) for name in given])
 
 
 def _emptied(given: Any, schema: type, prefix: str = "") -> list[str]:
@@ -821,10 +834,10 @@ def _check_koleo(config: Config) -> None:
 
 def _check_designer(name: str) -> None:
     parts = name.split("+")
-    kinds = [[part for part in parts if part in kind] for kind in (MASKS + CONTROLS, CLOSED_FORMS + NOISE)]
+    kinds = [[part for part in parts if part in kind] for kind in ((*MASKS, *CONTROLS), CLOSED_FORMS + NOISE)]
     if sum(map(len, kinds)) != len(parts) or any(len(found) > 1 for found in kinds):
         raise UserError(
-            f"designer.name={name}: choose {', '.join(MASKS + CONTROLS + CLOSED_FORMS + NOISE)}, or "
+            f"designer.name={name}: choose {', '.join([*MASKS, *CONTROLS, *CLOSED_FORMS, *NOISE])}, or "
             f"masks and a closed form as in {MASKS[0]}+{CLOSED_FORMS[0]}"
         )
 

@@ -19,8 +19,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "seeds": (),
     "errors": (),
     "files": (),
-    "config": ("files",),
-    "distributed": ("config", "models.blocks", "value"),
+    "config": ("files", "value", "plugins"),
+    "distributed": ("config", "models.blocks", "models.learner", "value"),
     "runs": ("config", "distributed", "files", "value", "training.optim"),
     "tasks": ("heads", "data", "models"),
     "training": (

@@ -23,7 +23,7 @@ from dino_value.models.blocks import as_unit, run_in, unknown
 
 if TYPE_CHECKING:
     from dino_value.config import Config
-    from dino_value.training.steps import Learner
+    from dino_value.models.learner import Learner
 
 # torch.distributed.fsdp and .tensor take a second to import, which a run that shards nothing need not wait for.
 

@@ -22,6 +22,7 @@ from dino_value.distributed.fsdp import full as in_one_piece
 from dino_value.distributed.group import from_first, own_part
 from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import UserError, refusing
+from dino_value.models.learner import Learner
 from dino_value.objectives.interface import Draw, LossTerms, Objective, State
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.runs.checkpoint import load_checkpoint, snapshot
@@ -30,7 +31,7 @@ from dino_value.training.agreement import direction_agreement
 from dino_value.training.feedback import downstream_gradient, fit_heads, head_lag, held_gradients, open_feedback
 from dino_value.training.lookahead import look_ahead
 from dino_value.training.optim import FiniteGuard
-from dino_value.training.steps import Learner, SSLTask, Tail, Views, constant, design_views, evaluating, make_views
+from dino_value.training.steps import SSLTask, Tail, Views, constant, design_views, evaluating, make_views
 from dino_value.value import (
     DIRECTIONS,
     ENGINES,
@@ -445,7 +446,7 @@ class DesignerUpdate:
             means, squares = ([in_one_piece(part) for part in parts] for parts in (state.exp_avg, state.exp_avg_sq))
             base = adam(state._replace(exp_avg=means, exp_avg_sq=squares), self.clip_scale)
         else:  # a random g_down is drawn above, from a generator of its own, and a lookahead is a direction already
-            base = DIRECTIONS[name if name == "cosine" else "dot"]
+            base = DIRECTIONS["dot" if name in ("random", "lookahead") else name]
 
         def direction(g_down: Gradient, g_pre: Gradient) -> Gradient:
             u = base(g_down, g_pre)
@@ -680,7 +681,11 @@ def open_designer(config: Config, teacher: Learner) -> nn.Module | None:
         return AttentionMasks(d.keep_ratio, backbone.class_attention)
     if d.mask is None:
         return None
-    designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio).to(next(teacher.parameters()).device)
+    try:
+        designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio, **d.options)
+    except TypeError as error:
+        raise UserError(f"designer.options={d.options}: {d.mask} does not take them ({error})") from None
+    designer = designer.to(next(teacher.parameters()).device)
     if d.start_from is not None:
         state = load_checkpoint(packaged(d.start_from)).get("steer", {}).get("designer")
         if state is None:

@@ -18,38 +18,12 @@ from dino_value.distributed.fsdp import shares
 from dino_value.distributed.shards import WHOLE, BatchShard
 from dino_value.errors import UserError
 from dino_value.models.backbone import Backbone, Hidden
+from dino_value.models.learner import Learner
 from dino_value.objectives.ijepa import IJEPA, PredictorSizes
 from dino_value.objectives.interface import Draw, LossTerms, Objective, State
 from dino_value.objectives.self_distillation import IBOT, Gram, HeadSizes, SelfDistillation
 from dino_value.training.optim import update_ema
 from dino_value.value import Scope
-
-
-class Learner(nn.Module):
-    """Backbone and an objective's heads: the student, and with averaged weights the teacher.
-
-    `patch_head` and `mask_token` are iBOT's, where it has them.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        head: nn.Module,
-        patch_head: nn.Module | None = None,
-        mask_token: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.backbone, self.head, self.patch_head, self.mask_token = backbone, head, patch_head, mask_token
-
-    def forward(self, *groups: Tensor) -> Tensor:
-        """Views grouped by size, each [V_i·B 3 h w] -> logits [ΣV_i·B K]; crops of one size are one batch."""
-        return self.head(torch.cat(self.backbone([group for group in groups if len(group)], cls_only=True)))
-
-    def zero_last_layers(self) -> None:
-        """Drop the gradient of the prototypes."""
-        for name, module in self.named_modules():
-            if name.endswith("last_layer"):
-                module.zero_grad()
 
 
 def build_objective(config: Config, backbone: Backbone, device: torch.device) -> Objective:
@@ -58,23 +32,14 @@ def build_objective(config: Config, backbone: Backbone, device: torch.device) ->
     Raises:
         UserError: the backbone cannot have patches hidden, or I-JEPA's blocks do not fit its grid.
     """
-    c, i = config.objective, config.objective.ibot
-    hides = c.name == "ijepa" or i.weight > 0
-    if hides:
+    return OBJECTIVES[config.objective.name](config, backbone).to(device)
+
+
+def build_dino(config: Config, backbone: Backbone) -> Objective:
+    """DINO, with what DINOv2 and DINOv3 add to it."""
+    c, i, g = config.objective, config.objective.ibot, config.objective.gram
+    if i.weight > 0:
         check_hiding(backbone, config.views.global_size)
-    if c.name == "ijepa":
-        j = c.ijepa
-        blocks = {
-            "targets": j.targets,
-            "target_scale": j.target_scale,
-            "target_aspect": j.target_aspect,
-            "context_scale": j.context_scale,
-            "least": j.context_least,
-        }
-        objective = IJEPA(PredictorSizes(j.width, j.depth, j.heads), blocks, j.beta)
-        check_blocks(objective, config.views.global_size, backbone.patch_size)
-        return objective.to(device)
-    g = c.gram
     return SelfDistillation(
         HeadSizes(c.out_dim, c.hidden_dim, c.bottleneck_dim, c.batch_norm),
         c.student_temp,
@@ -84,7 +49,27 @@ def build_objective(config: Config, backbone: Backbone, device: torch.device) ->
         IBOT(i.weight, i.mask_probability, i.mask_ratio, i.separate_head),
         Gram(g.weight, g.start, g.refresh, g.level, g.negatives, g.normalise),
         backbone,
-    ).to(device)
+    )
+
+
+def build_ijepa(config: Config, backbone: Backbone) -> Objective:
+    """I-JEPA."""
+    j, size = config.objective.ijepa, config.views.global_size
+    check_hiding(backbone, size)
+    blocks = {
+        "targets": j.targets,
+        "target_scale": j.target_scale,
+        "target_aspect": j.target_aspect,
+        "context_scale": j.context_scale,
+        "least": j.context_least,
+    }
+    objective = IJEPA(PredictorSizes(j.width, j.depth, j.heads), blocks, j.beta)
+    check_blocks(objective, size, backbone.patch_size)
+    return objective
+
+
+OBJECTIVES: dict[str, Callable[[Config, Backbone], Objective]] = {"dino": build_dino, "ijepa": build_ijepa}
+"""name -> function of (configuration, backbone). To add one: a file in objectives/, and a line here."""
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from dino_value.distributed.fsdp import Plain, check_sharding, collect, shard, s
 from dino_value.errors import UserError
 from dino_value.files import write_json
 from dino_value.models.backbone import WEIGHTS_NAME, backbone_weights, create_backbone, write_weights
+from dino_value.models.learner import Learner
 from dino_value.models.linear import choose_matmul, use_onednn
 from dino_value.models.weight_files import is_whole
 from dino_value.models.weights import Reading, fit_positions
@@ -59,7 +60,7 @@ from dino_value.training.optim import (
 )
 from dino_value.training.replay_file import save_replay
 from dino_value.training.start import start_from, start_head
-from dino_value.training.steps import Learner, build_objective, update_teacher
+from dino_value.training.steps import build_objective, update_teacher
 
 
 def train(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dino_value.distributed.shards import BatchShard
 from dino_value.models.backbone import create_backbone
+from dino_value.models.learner import Learner
 from dino_value.objectives.ijepa import IJEPA, PredictorSizes
 from dino_value.objectives.interface import LossTerms, Objective
 from dino_value.objectives.self_distillation import IBOT, Gram, HeadSizes, SelfDistillation
-from dino_value.training.steps import Learner
 from dino_value.value import Mover
 
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}

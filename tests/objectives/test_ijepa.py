@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_value.models.backbone import Backbone, Hidden, create_backbone
+from dino_value.models.learner import Learner
 from dino_value.objectives.dino import DINOLoss
 from dino_value.objectives.ijepa import (
     IJEPA,
@@ -20,7 +21,6 @@ from dino_value.objectives.ijepa import (
     multi_block,
     select,
 )
-from dino_value.training.steps import Learner
 
 KWARGS = {"patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
 ROTARY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}

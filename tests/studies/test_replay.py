@@ -12,12 +12,12 @@ import torch
 from dino_value import cli
 from dino_value.config import Config
 from dino_value.errors import UserError
+from dino_value.models.learner import Learner
 from dino_value.objectives.self_distillation import SelfDistillation
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
 from dino_value.studies.replay import replay
 from dino_value.training.feedback import FeedbackTask
-from dino_value.training.steps import Learner
 from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]

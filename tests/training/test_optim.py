@@ -13,9 +13,9 @@ from torch import nn
 from dino_value.config import Config, load_config
 from dino_value.errors import UserError
 from dino_value.models.backbone import create_backbone
+from dino_value.models.learner import Learner
 from dino_value.objectives.dino import DINOHead
 from dino_value.training.optim import cosine_schedule, linear_schedule, lr_scale, parameter_groups, update_ema
-from dino_value.training.steps import Learner
 from dino_value.training.trainer import Trainer
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"

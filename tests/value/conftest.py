@@ -15,8 +15,9 @@ from dino_value.config import DesignerConfig
 from dino_value.data.sampling import generator as keyed
 from dino_value.designers import UNetDesigner, fill_in
 from dino_value.models.backbone import create_backbone
+from dino_value.models.learner import Learner
 from dino_value.objectives.self_distillation import HeadSizes, SelfDistillation
-from dino_value.training.steps import Learner, SSLTask, Views
+from dino_value.training.steps import SSLTask, Views
 from dino_value.value import Gradient, Scope, last_blocks
 
 TEMPERATURE, FILL_SEED = 0.05, 7

@@ -11,8 +11,9 @@ from dino_value.data.sampling import generator, key
 from dino_value.distributed import group as distributed
 from dino_value.distributed.fsdp import full
 from dino_value.distributed.shards import WHOLE
+from dino_value.models.learner import Learner
 from dino_value.objectives.interface import Draw, LossTerms
-from dino_value.training.steps import Learner, Views, make_views
+from dino_value.training.steps import Views, make_views
 from dino_value.value import average
 
 if TYPE_CHECKING:
