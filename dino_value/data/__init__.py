@@ -46,7 +46,7 @@ def open_views(
     skip_unreadable: bool = False,
     field: str | None = None,
 ) -> MemoryViews | FolderViews | SkippingViews:
-    """The unlabeled stream's source: see `unlabeled_files`; or the embedded `scenes` or `scenes/clean`.
+    """The unlabeled stream's source: see `unlabeled_files`; or the embedded `scenes`.
 
     Args:
         in_memory: decode everything once; the images must be of one size.
@@ -56,13 +56,12 @@ def open_views(
     Raises:
         UserError: no images, or images of several sizes where one is needed.
     """
-    if path in ("scenes", "scenes/clean"):
+    if path == "scenes":
         from dino_value.data.scenes import scenes
 
         if conventions().channels != 3:
             raise UserError(f"{path}: the embedded images have 3 channels, the backbone takes {conventions().channels}")
-        split = scenes("unlabeled" if path == "scenes" else "clean", settings.global_size)
-        return MemoryViews(split.images, settings)
+        return MemoryViews(scenes("unlabeled", settings.global_size).images, settings)
     paths = unlabeled_files(path, field)
     _say_what_is_odd(path, paths)
     if not in_memory:

@@ -1,9 +1,9 @@
-"""The embedded data set: small ray-cast rooms with class ids, depth, a room type, and a printed code.
+"""The embedded data set: small ray-cast rooms with class ids, depth and a room type, for which layout says nothing.
 
-The *code* is the shortcut: cells of saturated colour, drawn anew for every image and printed several times on it, that
-tell images apart and say nothing of the scene. The rooms themselves look much alike, so plain DINO is tempted to read
-it; labels never mention it, so a task designer taught by labels has something to hide. The split `clean` carries no
-code: what a model may have been pretrained on before it met such images.
+The camera looks any way and is held any way, so that where a pixel lies does not tell what it shows: labels of another
+image are worth nothing. A class is told by its pattern (tiles, stripes, boards, flutes) and shape, depth by haze and by
+the size of patterns; paint is drawn anew for every surface and says neither. Plain DINO tells images apart by paint;
+labels ask for what it has no use for.
 """
 
 from __future__ import annotations
@@ -29,121 +29,94 @@ _FURNISHING = np.array(
         [0.60, 0.10, 0.10, 0.05, 0.15],
     ]
 )
-# Fully saturated: nothing in a room has such a colour.
-_INKS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1]], dtype=float)
-Split = Literal["unlabeled", "training", "validation", "tuning", "clean"]
+Split = Literal["unlabeled", "training", "validation", "tuning"]
 # `tuning` is for choosing settings: the numbers that are shown come from `validation`, which no choice has seen.
-_SPLIT_SEED = {"unlabeled": 0, "training": 1, "validation": 2, "tuning": 3, "clean": 4}
-COUNTS = {"unlabeled": 2048, "training": 640, "validation": 384, "tuning": 384, "clean": 2048}
+_SPLIT_SEED = {"unlabeled": 0, "training": 1, "validation": 2, "tuning": 3}
+COUNTS = {"unlabeled": 2048, "training": 640, "validation": 384, "tuning": 384}
 
 
 class Scenes(NamedTuple):
-    """`images` uint8 [n 3 s s], `classes` int64 [n s s], `depth` float32 [n s s] metres, `room` int64 [n], and where
-    the code is printed, bool [n s s]."""
+    """`images` uint8 [n 3 s s], `classes` int64 [n s s], `depth` float32 [n s s] metres, `room` int64 [n]."""
 
     images: Tensor
     classes: Tensor
     depth: Tensor
     room: Tensor
-    code: Tensor
 
 
 @lru_cache(maxsize=8)
 def scenes(split: Split, size: int = 64, count: int | None = None) -> Scenes:
-    """The scenes of one split; no scene, layout or code is shared between splits."""
+    """The scenes of one split; no scene is shared between splits."""
     count = COUNTS[split] if count is None else count
-    seed, printed = _SPLIT_SEED[split], split != "clean"
-    rendered = [render(np.random.default_rng([seed, index]), size, printed) for index in range(count)]
-    images, classes, depth, room, code = (np.stack(part) for part in zip(*rendered, strict=True))
+    rendered = [render(np.random.default_rng([_SPLIT_SEED[split], index]), size) for index in range(count)]
+    images, classes, depth, room = (np.stack(part) for part in zip(*rendered, strict=True))
     return Scenes(
         torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
         torch.from_numpy(classes),
         torch.from_numpy(depth),
         torch.from_numpy(room),
-        torch.from_numpy(code),
     )
 
 
-def render(rng: np.random.Generator, size: int, printed: bool = True) -> tuple[np.ndarray, ...]:
-    """One scene, with its code if `printed`.
-
-    Returns:
-        Image uint8 [s s 3], classes int64 [s s], depth float32 [s s] (metres along the optical axis), room type, and
-        where the code is, bool [s s].
-    """
+def render(rng: np.random.Generator, size: int) -> tuple[np.ndarray, ...]:
+    """One scene: image uint8 [s s 3], classes int64 [s s], depth float32 [s s] (metres along the optical axis), room
+    type."""
     room = int(rng.integers(len(ROOM_TYPES)))
     axis = (np.arange(size) + 0.5) / size * 2 - 1
     rays = np.stack(np.broadcast_arrays(axis[None, :], axis[:, None], np.ones((1, 1))), axis=-1) * [0.75, 0.75, 1.0]
-    caster = _Caster(rays)
+    caster = _Caster(rays @ _turned(rng).T)
 
-    half_width, floor, ceiling, back = (
-        rng.uniform(1.6, 2.6),
-        rng.uniform(1.1, 1.5),
-        -rng.uniform(1.1, 1.6),
-        rng.uniform(4.0, 7.0),
-    )
-    # Nearly the same in every room, so that only what stands in it, and the code, tell images apart.
-    hues = np.array([[0.42], [0.62], [0.78]]) + rng.uniform(-0.03, 0.03, size=(3, 3))
-    for class_id, normal, offset, hue in (
-        (0, (0, -1, 0), -floor, hues[0]),
-        (2, (0, 1, 0), ceiling, hues[1]),
-        (1, (0, 0, -1), -back, hues[2]),
-        (1, (1, 0, 0), -half_width, hues[2]),
-        (1, (-1, 0, 0), -half_width, hues[2]),
+    sides = rng.uniform(2.0, 3.2, size=2)
+    floor, ceiling, back = rng.uniform(1.1, 1.6), -rng.uniform(1.1, 1.8), rng.uniform(3.5, 6.0)
+    paint = rng.uniform(0.25, 0.85, size=(3, 3))  # says nothing of the class
+    for class_id, normal, offset in (
+        (0, (0, -1, 0), -floor),
+        (2, (0, 1, 0), ceiling),
+        (1, (0, 0, -1), -back),
+        (1, (0, 0, 1), -2.0),
+        (1, (1, 0, 0), -sides[0]),
+        (1, (-1, 0, 0), -sides[1]),
     ):
-        caster.plane(
-            class_id,
-            np.array(normal, float),
-            offset,
-            hue,
-            period=rng.uniform(0.5, 1.2),
-            contrast=rng.uniform(0.0, 0.18),
-        )
+        caster.plane(class_id, np.array(normal, float), offset, paint[class_id], 0.5)
 
-    for _ in range(int(rng.integers(3, 7))):
+    for _ in range(int(rng.integers(5, 10))):
         kind = int(rng.choice(5, p=_FURNISHING[room]))
         colour = rng.uniform(0.1, 0.95, size=3)
-        z = rng.uniform(1.8, min(back - 0.5, 4.0))
-        x = rng.uniform(-1, 1) * min(half_width - 0.3, 0.65 * z)
+        turn, far = rng.uniform(-1.2, 1.2), rng.uniform(1.6, 3.5)
+        x, z = np.clip(far * np.sin(turn), 0.3 - sides[0], sides[1] - 0.3), min(far * np.cos(turn), back - 0.5)
         if kind == 0:
             radius = rng.uniform(0.35, 0.7)
-            caster.ball(3, np.array([x, floor - radius, z]), radius, colour)
+            caster.ball(3, np.array([x, rng.uniform(ceiling, floor), z]), radius, colour)
         elif kind == 1:
             side = rng.uniform(0.35, 0.65, size=3)
-            caster.crate(4, np.array([x, floor - side[1], z]), side, rng.uniform(0, np.pi / 2), colour)
+            caster.crate(4, np.array([x, rng.uniform(ceiling, floor), z]), side, rng.uniform(0, np.pi / 2), colour)
         elif kind == 2:
             caster.column(5, np.array([x, z]), rng.uniform(0.18, 0.32), floor, ceiling, colour)
         elif kind == 3:
             extent = np.array([rng.uniform(0.6, 1.1), rng.uniform(0.4, 0.7), 0.03])
-            caster.crate(6, np.array([x, rng.uniform(-0.5, 0.2), back - 0.05]), extent, 0.0, colour)
+            caster.crate(6, np.array([x, rng.uniform(-0.5, 0.5), back - 0.05]), extent, 0.0, colour)
         else:
             caster.cone(7, np.array([x, floor, z]), rng.uniform(0.4, 0.65), rng.uniform(0.9, 1.6), colour)
 
     image = caster.shaded(light=np.array([rng.uniform(-1, 1), -1.0, rng.uniform(-1.0, 0.2)]))
     image += rng.normal(0, 0.015, size=image.shape)
-    code = _print_code(rng, image) if printed else np.zeros((size, size), dtype=bool)
     return (
         (np.clip(image, 0, 1) * 255).astype(np.uint8),
         caster.classes,
         caster.depth.astype(np.float32),
         np.int64(room),
-        code,
     )
 
 
-def _print_code(rng: np.random.Generator, image: np.ndarray, cells: int = 2, copies: int = 5) -> np.ndarray:
-    """Print one code of 2 × 2 coloured cells, the image's own, at several places; return where."""
-    size = image.shape[0]
-    cell = max(1, 6 * size // 64)
-    colours = rng.permutation(_INKS)[: cells * cells].reshape(cells, cells, 3)
-    stamp = colours.repeat(cell, 0).repeat(cell, 1)
-    where = np.zeros((size, size), dtype=bool)
-    for _ in range(copies):
-        row, column = rng.integers(0, size - cells * cell, size=2)
-        window = slice(row, row + cells * cell), slice(column, column + cells * cell)
-        image[window] = stamp
-        where[window] = True
-    return where
+def _turned(rng: np.random.Generator) -> np.ndarray:
+    """A camera that looks any way and is held any way: where a pixel lies says nothing of what it shows."""
+    yaw, pitch, roll = rng.uniform(-0.7, 0.7), rng.uniform(-0.5, 0.5), rng.uniform(-np.pi, np.pi)
+    turns = []
+    for a, (i, j) in ((yaw, (0, 2)), (pitch, (1, 2)), (roll, (0, 1))):
+        turn = np.eye(3)
+        turn[[i, j], [i, j]], turn[i, j], turn[j, i] = np.cos(a), np.sin(a), -np.sin(a)
+        turns.append(turn)
+    return turns[0] @ turns[1] @ turns[2]
 
 
 class _Caster:
@@ -163,17 +136,20 @@ class _Caster:
         self.normals[nearer] = np.broadcast_to(normals, self.rays.shape)[nearer]
         self.albedo[nearer] = np.broadcast_to(albedo, self.rays.shape)[nearer]
 
-    def plane(
-        self, class_id: int, normal: np.ndarray, offset: float, hue: np.ndarray, period: float, contrast: float
-    ) -> None:
+    def plane(self, class_id: int, normal: np.ndarray, offset: float, hue: np.ndarray, period: float) -> None:
         facing = self.rays @ normal
         with np.errstate(divide="ignore"):
             z = np.where(facing < 0, offset / facing, 1e9)
         z = np.minimum(z, 1e8)
         points = self.rays * z[..., None]
-        along = points[..., [axis for axis in range(3) if normal[axis] == 0]]
-        checks = np.where(np.floor(along / period).sum(-1) % 2, 1 + contrast, 1 - contrast)
-        self._write(class_id, z, normal, hue * checks[..., None])
+        along = points[..., [axis for axis in range(3) if normal[axis] == 0]] / period
+        if class_id == 0:  # tiles
+            pattern = np.floor(along).sum(-1) % 2
+        elif class_id == 1:  # stripes, upright or level
+            pattern = np.floor(2 * along[..., -1 if normal[1] == 0 and normal[0] == 0 else 0]) % 2
+        else:
+            pattern = np.ones_like(z)
+        self._write(class_id, z, normal, hue * np.where(pattern, 1.0, 0.6)[..., None])
 
     def ball(self, class_id: int, centre: np.ndarray, radius: float, colour: np.ndarray) -> None:
         a, b, c = (self.rays**2).sum(-1), self.rays @ centre, centre @ centre - radius**2
@@ -221,8 +197,8 @@ class _Caster:
     def shaded(self, light: np.ndarray) -> np.ndarray:
         light = light / np.linalg.norm(light)
         lambert = np.clip(self.normals @ light, 0, 1)
-        fog = np.exp(-self.depth / 14)
-        return self.albedo * ((0.45 + 0.6 * lambert) * fog)[..., None]
+        fog = np.exp(-self.depth / 4)[..., None]
+        return fog * self.albedo * (0.5 + 0.7 * lambert)[..., None] + (1 - fog) * 0.75
 
 
 def _nearest_root(a: np.ndarray, b: np.ndarray, c: float) -> np.ndarray:

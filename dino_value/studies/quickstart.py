@@ -46,11 +46,11 @@ def quickstart(out: Path, seeds: int = 1, steps: int | None = None) -> dict[str,
         spec,
         results,
         "dino-value quickstart",
-        "A small ViT, first trained with plain DINO on ray-cast rooms, is continued from that one checkpoint on "
-        "rooms that carry a printed code, a shortcut which tells images apart and says nothing of the room, for "
-        f"{config.steps} steps in each arm: baseline (plain DINO), value (a mask generator "
-        "taught by the gradients of a few segmentation and depth labels) and random (the same generator, taught by "
-        "a random direction of the same norm). step0 is the checkpoint itself.",
+        "A small ViT, first trained with plain DINO on ray-cast rooms seen from any side, is continued from that one "
+        f"checkpoint for {config.steps} steps in each arm: baseline (plain DINO), value (the teacher's targets moved "
+        "along a lookahead on a few segmentation and depth labels), shuffled labels (the same with the labels "
+        "of other images) and random (targets moved along a random direction of the same norms). step0 is the "
+        "checkpoint itself.",
         [
             f"dino-value quickstart --out {out.name} --seeds {seeds} --steps {config.steps}",
             f"dino-value train quickstart/arm method=value seed=0 steps={config.steps} out=my_run",

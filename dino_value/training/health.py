@@ -115,8 +115,8 @@ def unlabeled_images(
     Raises:
         UserError: there are none, or one cannot be read.
     """
-    if path in ("scenes", "scenes/clean"):
-        split = scenes.scenes("unlabeled" if path == "scenes" else "clean", size)
+    if path == "scenes":
+        split = scenes.scenes("unlabeled", size)
         return split.images[torch.tensor(spread(len(split.images), most))]
     files = unlabeled_files(path, field)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dino_value.config import ScopeConfig
 from dino_value.errors import UserError
-from dino_value.language import steer as steer_module
+from dino_value.language import designer_update as steer_module
 from dino_value.language.architectures import architecture
 from dino_value.language.config import LanguageConfig
 from dino_value.language.designer import TokenDesigner

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dino_value.errors import UserError
-from dino_value.language import steer as steer_module
+from dino_value.language import designer_update as steer_module
 from dino_value.language.config import LanguageConfig
 from dino_value.language.designer_update import DesignerUpdate, TargetTask, ValueMap
 from dino_value.language.downstream import answer_gradient, look_ahead

@@ -16,7 +16,7 @@ from dino_value.errors import UserError
 from dino_value.models.backbone import create_backbone
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.metrics import read_metrics
-from dino_value.training import trainer as train_module
+from dino_value.training.steps import make_views
 from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
@@ -90,9 +90,7 @@ def test_an_adversarial_designer_raises_the_loss(tiny: Make, monkeypatch: pytest
     batch = steer.meta_stream.batch(0)
     monkeypatch.setattr(steer.meta, "next", lambda: batch)  # the same batch again: its loss must rise
     monkeypatch.setattr("dino_value.training.designer_update.key", lambda *parts: 1)
-    views = train_module.make_views(
-        run.student.backbone, batch, run.config.views, run.device, run.config.seed, "meta", 0
-    )
+    views = make_views(run.student.backbone, batch, run.config.views, run.device, run.config.seed, "meta", 0)
     monkeypatch.setattr("dino_value.training.designer_update.make_views", lambda *arguments: views)
     learner = {name: value.clone() for name, value in run.student.state_dict().items()}
     found = []

@@ -192,9 +192,9 @@ def test_the_embedded_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scenes_without_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = scenes("clean", 16, 6)
+    few = scenes("unlabeled", 16, 6)
     monkeypatch.setattr(scenes_module, "scenes", lambda split, size: few)
-    assert torch.equal(unlabeled_images("scenes/clean", 3, 16), few.images[[0, 2, 4]])
+    assert torch.equal(unlabeled_images("scenes", 3, 16), few.images[[0, 2, 4]])
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from dino_value.runs.folder import prepare_folder
 from dino_value.runs.metrics import read_metrics
 from dino_value.runs.process import stop_requests
 from dino_value.training import trainer as train_module
+from dino_value.training.methods import self_supervised as step_module
 from dino_value.training.optim import cosine_schedule
 from dino_value.training.start import start_from
 from dino_value.training.trainer import Trainer, train
@@ -306,7 +307,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tiny: Callable[...
 def learner_views(run: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """The learner's augmented views of three steps, before any mask."""
     seen = []
-    make = train_module.make_views
+    make = step_module.make_views
 
     def recorded(*arguments: Any) -> Any:
         views = make(*arguments)
@@ -314,7 +315,7 @@ def learner_views(run: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[T
         return views
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "make_views", recorded)
+        patch.setattr(step_module, "make_views", recorded)
         steps(run, 3)
     return seen
 
