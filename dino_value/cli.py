@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--override", action="store_true", help="go on with a run although its settings are others now")
     train.set_defaults(command=_train)
 
+    help_ = commands.add_parser("help", help="every setting of train, or one: its default, choices and what it does")
+    help_.add_argument("key", nargs="?", metavar="KEY", help="a key or a section, such as designer.kl or value")
+    help_.set_defaults(command=_help)
+
     compare = commands.add_parser("compare", help="arms against each other, paired by seed, a verdict for each claim")
     compare.add_argument("spec", metavar="SPEC", help="a YAML file, or a packaged one such as compare/scenes")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="of the specification: out=DIR seeds=5 …")
@@ -208,6 +212,13 @@ def _evaluations(config: Config) -> Callable[[Path], str] | None:
     from dino_value.slurm.evaluations import Evaluations
 
     return Evaluations(config.evaluation).submit
+
+
+def _help(parsed: argparse.Namespace) -> int:
+    from dino_value.settings import help_text
+
+    print(help_text(parsed.key))
+    return EXIT_DONE
 
 
 def _compare(arguments: argparse.Namespace) -> int:

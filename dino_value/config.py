@@ -636,6 +636,16 @@ def _emptied(given: Any, schema: type, prefix: str = "") -> list[str]:
     return found
 
 
+def bounds(key: str) -> str:
+    """What `check` asks of a number, in words; empty where nothing."""
+    if key in _AT_LEAST:
+        return f"at least {_AT_LEAST[key]:g}"
+    if key in _RANGES:
+        return "two numbers, 0 < low <= high" + (f" <= {_RANGES[key]:g}" if math.isfinite(_RANGES[key]) else "")
+    parts = ["above 0"] * (key in _ABOVE_ZERO) + ["in [0, 1]"] * (key in _SHARES)
+    return ", ".join(parts)
+
+
 def check(config: Config) -> Config:
     """Values that a type cannot rule out; returns `config`."""
 

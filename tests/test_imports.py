@@ -20,6 +20,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
     "config": ("files", "value", "plugins"),
+    "settings": ("config",),
     "distributed": ("config", "models.blocks", "models.learner", "value"),
     "runs": ("config", "distributed", "files", "value", "training.optim"),
     "tasks": ("heads", "data", "models"),

@@ -119,6 +119,14 @@ def test_parts_of_every_kind_go_through_a_run(parts: str, tiny: Callable[..., Co
     assert main(["report", "mine", "--out", "page.html"]) == 0
 
 
+def test_the_example_of_the_page(parts: str, tiny: Callable[..., Config], tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+    (tmp_path / "page_parts.py").write_text(page.split("```python\n")[1].split("```")[0])
+    save_config(tiny("steps=1"), tmp_path / "tiny.yaml")
+    given = ["plugins=[page_parts.py]", "out=run", "designer.name=constant", "designer.options.start=1.0"]
+    assert main(["train", "tiny.yaml", *given]) == 0
+
+
 def test_a_method_from_outside(parts: str, tiny: Callable[..., Config], tmp_path: Path) -> None:
     save_config(tiny("steps=1", "log_every=1"), tmp_path / "tiny.yaml")
     assert main(["train", "tiny.yaml", parts, "out=noted", "method=noted"]) == 0
