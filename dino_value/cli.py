@@ -191,9 +191,10 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from dino_value.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)  # a refusal does not wait for torch
     from dino_value.training.trainer import train
 
-    config = load_config(arguments.config, arguments.overrides)
     evaluate = _evaluations(config)
     folder = train(config, quiet=arguments.quiet, override=arguments.override, evaluate=evaluate)
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -9,12 +11,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from dino_value.config import CHOICES, MASKS, Config, load_config, save_config
+from dino_value.config import CHOICES, LARGEST, MASKS, TRACKERS, Config, load_config, save_config
 from dino_value.designers import DESIGNERS
 from dino_value.errors import UserError
 from dino_value.heads import HEADS
 from dino_value.models.backbone import create_backbone
-from dino_value.value import COMBINATIONS, DIRECTIONS, ENGINES
+from dino_value.runs import trackers
+from dino_value.training.methods import METHODS
+from dino_value.training.steps import OBJECTIVES
+from dino_value.value import COMBINATIONS, DIRECTIONS, ENGINES, LOOKAHEAD_OPTIMIZERS, targets
 
 
 @pytest.fixture
@@ -210,6 +215,11 @@ def test_choices_are_the_registries() -> None:
     assert set(CHOICES["value.engine"]) - {"auto"} == set(ENGINES) - {"linear"}
     assert set(CHOICES["value.direction"]) == {*DIRECTIONS, "adam", "lookahead"}
     assert set(CHOICES["value.combine"]) == set(COMBINATIONS)
+    assert set(CHOICES["value.lookahead.optimizer"]) == set(LOOKAHEAD_OPTIMIZERS)
+    assert set(CHOICES["objective.name"]) == set(OBJECTIVES)
+    assert set(CHOICES["method"]) == set(METHODS)
+    assert set(TRACKERS) == set(trackers.TRACKERS)
+    assert targets.LARGEST == LARGEST
     for kind in ("seg", "depth", "classes"):
         assert {f"{kind}_{name}" for name in CHOICES[f"feedback.{kind}.head"]} == {
             name for name in HEADS if name.startswith(kind)
@@ -309,3 +319,13 @@ def test_no_sentence_of_omegaconf(file: Path, override: str, said: str) -> None:
         load_config("rooms/cpu", ["out=a"])
     for theirs in ("full_key", "object_type", "Config'", "mandatory", "Interpolation", "could not be converted"):
         assert theirs not in message
+
+
+def test_a_refusal_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from dino_value.cli import main; code = main(['train', 'rooms/cpu', 'stepz=1']); "
+        "sys.exit(code if 'torch' not in sys.modules else 99)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.returncode == 2, found.stderr
+    assert "did you mean steps?" in found.stderr

@@ -19,7 +19,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "seeds": (),
     "errors": (),
     "files": (),
-    "config": ("files", "value", "plugins"),
+    "config": ("files", "plugins"),
     "settings": ("config",),
     "distributed": ("config", "models.blocks", "models.learner", "value"),
     "runs": ("config", "distributed", "files", "value", "training.optim"),
