@@ -21,9 +21,9 @@ ARMS = ("baseline", "value", "shuffled_labels", "random")
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arm = packaged("quickstart/arm.yaml").read_text()
-    assert "warmup: 100" in arm
-    assert "lookahead: {steps: 40}" in arm
-    arm = arm.replace("warmup: 100", "warmup: 2").replace("lookahead: {steps: 40}", "lookahead: {steps: 2}")
+    assert "warmup: 50" in arm
+    assert "lookahead: {steps: 30}" in arm
+    arm = arm.replace("warmup: 50", "warmup: 2").replace("lookahead: {steps: 30}", "lookahead: {steps: 2}")
     (tmp_path / "arm.yaml").write_text(arm)
     spec = packaged("compare/quickstart.yaml").read_text()
     assert "steps: 200" in spec
