@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dino_value.errors import (
+    EXIT_DONE,
     EXIT_FAULT,
     EXIT_LOST,
     EXIT_RESUMABLE,
@@ -62,6 +64,9 @@ def exit_code(command: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USER
+    except BrokenPipeError:  # whoever read has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
     except OSError as error:
         if error.errno not in _DISK | _GONE:
             return _fault()

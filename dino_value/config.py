@@ -32,6 +32,7 @@ CLOSED_FORMS = ("weights", "best_of_n", "targets")
 LABEL_KEYS = {"seg": "data.ade20k", "depth": "data.nyuv2", "classes": "data.classes"}
 ADAM_BURN_IN = 20  # steps: after the first, Adam's direction lives in 6 of 150,080 coordinates (method section 8)
 TRACKERS = ["tensorboard", "wandb"]
+RESERVED = ("random_masks", "attention", "weights", "best_of_n", "targets", "random_targets", "none")
 NOISE = ("random_targets",)  # the control of `targets` that no label shapes
 
 
@@ -51,7 +52,7 @@ class DataConfig:
     skip_unreadable: bool = False  # go on without images that cannot be read, and count them; else they end the run
     # Values that become black and white in images deeper than 8 bits, [0, 4095] for 12 in 16; by default the type's or,
     # where it says, the file's own; pixels with a sign, of 32 bits or in floating point are refused without it.
-    range: list[float] = dataclasses.field(default_factory=list)  # as `field` is a key here
+    range: list[float] = dataclasses.field(default_factory=list)
     max_pixels: int = 178_956_970  # an image of more is refused by its header; PIL's own limit
     depth_units: float = 1000.0  # units a metre of depth maps in integers: millimetres; KITTI: 256, TUM: 5000
     max_depth: float = 10.0  # metres, beyond which depth counts as unknown: NYUv2's sensor; KITTI: 80
@@ -353,7 +354,7 @@ class EvaluationConfig:
 class Config:
     out: str = MISSING
     # or baseline; random: φ follows a random direction; adversarial: φ raises the loss (ADIOS, arXiv 2201.13100);
-    # finetune: the labels, head-train and meta, train the backbone, and nothing is self-supervised
+    # finetune: the labels, head-train and meta, train the backbone, and nothing is self-supervised;
     # oracle: the learner steps along u itself, which no value method may; it tells whether the direction is any good
     method: str = "value"
     steps: int = 20_000
@@ -609,7 +610,7 @@ def _merged(source: str, loaded: DictConfig, overrides: Sequence[str], schema: t
             OmegaConf.update(tree, key, {}, merge=False, force_add=True)
         tree = OmegaConf.merge(tree, given)  # type: ignore[assignment]
     if any(item.name == "plugins" for item in fields(schema)):
-        _load_plugins(tree.get("plugins"))
+        _load_plugins(tree)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except MissingMandatoryValue as error:
@@ -623,12 +624,16 @@ def _merged(source: str, loaded: DictConfig, overrides: Sequence[str], schema: t
         ) from None
 
 
-def _load_plugins(given: Any) -> None:
-    """Before anything is checked, as plugins bring names of their own."""
+def _load_plugins(tree: DictConfig) -> None:
+    """Before anything is checked, as plugins bring names of their own; files among them become absolute paths."""
     from dino_value import plugins
 
-    if OmegaConf.is_list(given):  # else it is refused with what is not of its type
-        plugins.load([str(name) for name in given])
+    given = tree.get("plugins")
+    if given is None:
+        plugins.load([])
+    elif OmegaConf.is_list(given):  # else it is refused with what is not of its type
+        tree.plugins = plugins.resolved([str(name) for name in given])
+        plugins.load(tree.plugins)
 
 
 def _emptied(given: Any, schema: type, prefix: str = "") -> list[str]:
@@ -652,8 +657,10 @@ def bounds(key: str) -> str:
         return f"at least {_AT_LEAST[key]:g}"
     if key in _RANGES:
         return "two numbers, 0 < low <= high" + (f" <= {_RANGES[key]:g}" if math.isfinite(_RANGES[key]) else "")
+    by_hand = {"views.hue": "in [0, 0.5]", "designer.keep_ratio": "between 0 and 1", "designer.strength": "0 or above"}
+    by_hand["designer.kl"] = "0 or above"
     parts = ["above 0"] * (key in _ABOVE_ZERO) + ["in [0, 1]"] * (key in _SHARES)
-    return ", ".join(parts)
+    return by_hand.get(key, ", ".join(parts))
 
 
 def check(config: Config) -> Config:

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
+import zlib
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -27,58 +29,92 @@ from dino_value import config as names
 from dino_value.errors import UserError
 
 GROUP = "dino_value.plugins"
+NAME = re.compile(r"[A-Za-z0-9_-]+")
 Part = TypeVar("Part")
+_registered: list[tuple[MutableMapping[str, Any], str, list[str], str]] = []
+"""registry, name in it, names of the configuration, name there: in the order of registering."""
+
+
+def resolved(modules: Sequence[str]) -> list[str]:
+    """The same with `.py` files as absolute paths, as a run is gone on with from anywhere."""
+    return [str(Path(name).resolve()) if name.lower().endswith(".py") else name for name in modules]
 
 
 def load(modules: Sequence[str]) -> None:
     """Import the installed plugins, and those named: modules, also of the working directory, or `.py` files.
 
     Raises:
-        UserError: one is not there, or fails as it is imported.
+        UserError: one is not there, fails as it is imported, or registers nothing.
     """
     _load_installed()
-    for name in modules:
+    for name in resolved(modules):
         _load(name)
 
 
 @cache
 def _load_installed() -> None:
     for point in entry_points(group=GROUP):
-        try:
-            point.load()
-        except Exception as error:
-            raise UserError(f"the installed plugin {point.value} fails: {_said(error)}; mend or remove it") from None
+        _enter(f"the installed plugin {point.value}", point.value.split(":")[0], point.load)
 
 
 @cache
 def _load(name: str) -> None:
+    if not name.endswith(".py"):
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise UserError(f"plugins={name}: not the name of a module; give one, or a .py file")
+        return _enter(f"plugins={name}", name, lambda: importlib.import_module(name))
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"plugins={name}: no such file")
+    # a name of its own: json.py must not stand in for the module json
+    own = f"dino_value_plugin_{path.stem}_{zlib.crc32(name.encode()):08x}"
+    _enter(f"plugins={name}", own, lambda: _import_file(path, own), path.parent)
+
+
+def _import_file(path: Path, name: str) -> None:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+
+
+def _enter(what: str, module: str, run: Callable[[], Any], folder: Path | None = None) -> None:
+    """Import a plugin, its folder within reach; where it fails, nothing of it stays.
+
+    Raises:
+        UserError: it fails, or registers nothing.
+    """
+    before, place = len(_registered), str(folder or Path.cwd())
+    loaded = module in sys.modules
+    sys.path.append(place)  # last: a torch.py there is not torch
     try:
-        if name.endswith(".py"):
-            path = Path(name).resolve()
-            if not path.is_file():
-                raise UserError(f"plugins={name}: no such file in {Path.cwd()}")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = module  # where pickles and dataclasses look for it
-            spec.loader.exec_module(module)
-            return
-        sys.path.insert(0, str(Path.cwd()))
-        try:
-            importlib.import_module(name)
-        finally:
-            sys.path.remove(str(Path.cwd()))
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise UserError(f"plugins={name}: imports {error.name}, which is not installed") from None
-        raise UserError(
-            f"plugins={name}: no such module here or among what is installed; give a module's name or a .py file"
-        ) from None
-    except UserError:
+        run()
+        if len(_registered) == before and not loaded:
+            raise UserError(f"{what}: registers nothing; see docs/plugins.md")
+    except BaseException as error:
+        while len(_registered) > before:
+            registry, name, choices, shown = _registered.pop()
+            del registry[name]
+            choices.remove(shown)
+        if not loaded:
+            sys.modules.pop(module, None)
+        if isinstance(error, UserError):
+            raise
+        if isinstance(error, ModuleNotFoundError):
+            missing = error.name or ""
+            if f"{module}.".startswith(f"{missing}."):
+                raise UserError(
+                    f"{what}: no such module here or among what is installed; give a module's name or a .py file"
+                ) from None
+            raise UserError(f"{what}: imports {missing}, which is not installed") from None
+        if isinstance(error, (Exception, SystemExit)):
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"{what}: fails as it is imported: {said}") from None
         raise
-    except Exception as error:
-        raise UserError(f"plugins={name}: fails as it is imported: {_said(error)}") from None
+    finally:
+        sys.path.remove(place)
 
 
 def mask_generator(name: str) -> Callable[[Part], Part]:
@@ -140,16 +176,18 @@ def _registering(
     key: str, name: str, registry: MutableMapping[str, Any], choices: list[str], shown: str | None = None
 ) -> Callable[[Part], Part]:
     """Enters a part under its name, which nothing else may have, and lets the configuration take it."""
+    shown = shown or name
 
     def enter(part: Part) -> Part:
-        if name in registry or (shown or name) in choices:
-            raise ValueError(f"{key}={shown or name} is taken; give the part another name")
+        if not NAME.fullmatch(shown):
+            raise ValueError(f"{key}={shown}: a name has letters, digits, _ and - alone")
+        if name in registry or shown in choices or (key == "designer.name" and shown in names.RESERVED):
+            raise ValueError(f"{key}={shown} is taken; give the part another name")
+        if not callable(part) and not isinstance(part, tuple):
+            raise ValueError(f"{key}={shown}: {part!r} is neither a class nor a function")
         registry[name] = part
-        choices.append(shown or name)
+        choices.append(shown)
+        _registered.append((registry, name, choices, shown))
         return part
 
     return enter
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

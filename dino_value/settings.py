@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from dino_value.config import CHOICES, Config, bounds
+from dino_value import plugins
+from dino_value.config import CHOICES, MASKS, RESERVED, Config, bounds
 from dino_value.errors import UserError
 
 
@@ -35,14 +36,17 @@ def settings(
     schema: type = Config, choices: Mapping[str, Sequence[str]] = CHOICES, prefix: str = ""
 ) -> Iterator[Setting]:
     """The settings of a configuration's dataclass, sections in the order of its fields."""
-    texts, notes = _texts(schema), {item.name: item for item in dataclasses.fields(schema)}
-    for name, item in notes.items():
+    texts = _texts(schema)
+    for item in dataclasses.fields(schema):
+        name = item.name
         default = item.default_factory() if callable(item.default_factory) else item.default
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(default):
             yield from settings(type(default), choices, f"{key}.")
             continue
         allowed = ", ".join(choices[key]) if key in choices else bounds(key)
+        if key == "designer.name":
+            allowed = ", ".join([*MASKS, *RESERVED]) + "; masks and a closed form as in unet+targets"
         yield Setting(key, str(item.type), _shown(default), texts.get(name, ""), allowed)
 
 
@@ -52,11 +56,13 @@ def help_text(asked: str | None = None) -> str:
     Raises:
         UserError: there is no such key; the nearest are named.
     """
+    plugins.load([])
     found = list(settings())
     if asked is not None:
+        asked = asked.split("=")[0].strip(".").lower()
         chosen = [one for one in found if f"{one.key}.".startswith(f"{asked}.")]
         if not chosen:
-            near = difflib.get_close_matches(asked, [one.key for one in found], n=3, cutoff=0.3)
+            near = difflib.get_close_matches(asked, [one.key for one in found], n=3, cutoff=0.0)
             raise UserError(f"help {asked}: no such key; nearest: {', '.join(near)}")
         found = chosen
     return "\n".join(_entry(one) for one in found)
@@ -74,6 +80,8 @@ def _shown(default: Any) -> str:
         return "???"
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
+    if isinstance(default, (tuple, list)):  # as it is written in key=value
+        return f"[{','.join(_shown(part) for part in default)}]"
     return str(default)
 
 
@@ -110,10 +118,9 @@ def page() -> str:
     lines = [
         "# Settings",
         "",
-        "Every key of `dino-value train`, in the order of `dino_value/config.py`, from whose comments ",
+        "Every key of `dino-value train`, in the order of `dino_value/config.py`; its comments are the text. Made by",
+        "`python -m dino_value.settings > docs/settings.md`. `dino-value help KEY` says the same.",
     ]
-    lines[-1] += "this page is made:"
-    lines += ["`python -m dino_value.settings > docs/settings.md`. `dino-value help KEY` says the same."]
     section = ""
     for one in settings():
         head = one.key.split(".")[0] if "." in one.key else "the run"

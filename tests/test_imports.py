@@ -20,12 +20,12 @@ ONLY: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
     "config": ("files", "plugins"),
-    "settings": ("config",),
+    "settings": ("config", "plugins"),
     "distributed": ("config", "models.blocks", "models.learner", "value"),
     "runs": ("config", "distributed", "files", "value", "training.optim"),
     "tasks": ("heads", "data", "models"),
     "training": (
-        *("value", *LEAVES, "tasks", "runs", "distributed", "config", "seeds", "arguments", "files"),
+        *("value", *LEAVES, "tasks", "runs", "distributed", "config", "seeds", "arguments", "files", "plugins"),
         "report.gallery",  # the pictures that a run shows its trackers
         "eval.knn",
     ),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +15,12 @@ from dino_value import plugins
 from dino_value.cli import main
 from dino_value.config import Config, load_config, save_config
 from dino_value.designers import DESIGNERS
+from dino_value.errors import UserError
 from dino_value.heads import HEADS
 from dino_value.runs.trackers import TRACKERS
 from dino_value.training.methods import METHODS
 from dino_value.training.steps import OBJECTIVES
-from dino_value.training.trainer import train
+from dino_value.training.trainer import Trainer, train
 from dino_value.value import DIRECTIONS
 
 PARTS = """
@@ -81,6 +84,19 @@ class Lines:
 """
 
 
+def forget(registries: Any, before: Any, names: Any, kept: Any) -> None:
+    for registry, old in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(old)
+    for choices, old_names in zip(names, kept, strict=True):
+        choices[:] = old_names
+    plugins._registered.clear()
+    plugins._load.cache_clear()
+    plugins._load_installed.cache_clear()
+    for name in [name for name in sys.modules if name.startswith(("dino_value_plugin_", "my_parts"))]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A file of parts in the working directory; nothing of it stays registered."""
@@ -91,12 +107,7 @@ def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     names = [config_module.MASKS, config_module.TRACKERS, *config_module.CHOICES.values()]
     kept = [list(choices) for choices in names]
     yield "plugins=[my_parts.py]"
-    for registry, old in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(old)  # type: ignore[arg-type]
-    for choices, old_names in zip(names, kept, strict=True):
-        choices[:] = old_names
-    plugins._load.cache_clear()
+    forget(registries, before, names, kept)
 
 
 def rows(folder: Path) -> list[dict[str, float]]:
@@ -137,7 +148,18 @@ def test_a_method_from_outside(parts: str, tiny: Callable[..., Config], tmp_path
     ("text", "given", "said"),
     [
         ("", "plugins=[nowhere]", "plugins=nowhere: no such module"),
-        ("", "plugins=[nowhere.py]", "plugins=nowhere.py: no such file"),
+        ("", "plugins=[nowhere.py]", "nowhere.py: no such file"),
+        ("", "plugins=[nopkg.mod]", "plugins=nopkg.mod: no such module"),
+        ("", "plugins=['']", "not the name of a module"),
+        ("x = 1", "plugins=[bad.py]", "registers nothing"),
+        ("raise SystemExit(1)", "plugins=[bad.py]", "fails as it is imported: SystemExit"),
+        (
+            "from dino_value import plugins\nplugins.mask_generator('targets')(int)",
+            "plugins=[bad.py]",
+            "designer.name=targets is taken",
+        ),
+        ("from dino_value import plugins\nplugins.method('a+b')(int)", "plugins=[bad.py]", "a name has letters"),
+        ("from dino_value import plugins\nplugins.method('three')(3)", "plugins=[bad.py]", "neither a class nor"),
         ("", "plugins=parts", "plugins=parts: expected a list"),
         ("import nowhere_else", "plugins=[bad.py]", "imports nowhere_else, which is not installed"),
         ("1 / 0", "plugins=[bad.py]", "fails as it is imported: ZeroDivisionError"),
@@ -173,3 +195,65 @@ def test_options_that_a_mask_generator_does_not_take(
     given = ["designer.name=bias", "designer.options.colour=1"]
     assert main(["train", "tiny.yaml", parts, "out=run", *given]) == 2
     assert "designer.options={'colour': 1}: bias does not take them" in capsys.readouterr().err
+
+
+def test_a_run_finds_its_plugin_from_anywhere(
+    parts: str, tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_config(tiny("steps=2", "log_every=1"), tmp_path / "tiny.yaml")
+    train(load_config("tiny.yaml", [parts, f"out={tmp_path}/run", "designer.name=bias"]), until=1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["train", "../run/config.yaml"]) == 0
+    assert main(["train", "../run/config.yaml", "plugins=[../my_parts.py]"]) == 0  # another spelling of the same
+    assert rows(tmp_path / "run")[-1]["step"] == 2
+
+
+def test_a_configuration_from_another_process_brings_its_plugins(
+    parts: str, tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """`compare --jobs` sends configurations to new processes, which know no plugin."""
+    save_config(tiny("steps=1"), tmp_path / "tiny.yaml")
+    config = load_config("tiny.yaml", [parts, "out=run", "designer.name=bias"])
+    for registry, name, choices, shown in plugins._registered:  # as in a new process
+        del registry[name]
+        choices.remove(shown)
+    plugins._registered.clear()
+    plugins._load.cache_clear()
+    run = Trainer(config)
+    assert run.steer is not None
+    assert type(run.steer.designer).__name__ == "Bias"
+
+
+def test_a_failed_plugin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: str) -> None:
+    text = (tmp_path / "my_parts.py").read_text()
+    (tmp_path / "my_parts.py").write_text(text + "\n1 / 0\n")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        plugins.load(["my_parts.py"])
+    assert "bias" not in DESIGNERS
+    (tmp_path / "my_parts.py").write_text(text)
+    plugins.load(["my_parts.py"])
+    assert "bias" in DESIGNERS
+
+
+def test_a_file_named_like_a_module_does_not_stand_in_for_it(parts: str, tmp_path: Path) -> None:
+    (tmp_path / "my_parts.py").rename(tmp_path / "json.py")
+    plugins.load(["json.py"])
+    assert sys.modules["json"] is json
+
+
+def test_an_installed_plugin_is_loaded_with_every_configuration(
+    parts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Callable[..., Config]
+) -> None:
+    info = tmp_path / "site" / "mine-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[dino_value.plugins]\nmine = my_parts_installed\n")
+    (tmp_path / "my_parts.py").rename(tmp_path / "site" / "my_parts_installed.py")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    plugins._load_installed.cache_clear()
+    save_config(tiny(), tmp_path / "tiny.yaml")
+    text = (tmp_path / "tiny.yaml").read_text().replace("plugins: []\n", "")
+    (tmp_path / "tiny.yaml").write_text(text)
+    assert load_config("tiny.yaml", ["designer.name=bias"]).designer.mask == "bias"

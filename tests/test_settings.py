@@ -29,7 +29,7 @@ def test_one_key(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.startswith("designer.kl=0.2")
     assert "KL(q′‖q)" in said
-    assert "above" not in said
+    assert "objective" not in said
 
 
 def test_a_section_choices_and_bounds() -> None:

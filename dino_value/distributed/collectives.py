@@ -55,7 +55,7 @@ def gather(tensor: Tensor, group: ProcessGroup | None = None) -> tuple[Tensor, i
 
 
 def in_one_piece(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gathered by all processes together, where they are spread over them (sharding.py)."""
+    """Gathered by all processes together, where they are spread over them (distributed/fsdp.py)."""
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in tensors.items()}
 
 

@@ -1,7 +1,7 @@
 """Several processes that train as one: how they meet, agree and part.
 
 `torchrun`, submitit or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Each process
-has its part of every batch (`parts.py`); what is random is drawn for the whole batch, sums go over all processes, and
+has its part of every batch (`shards.py`); what is random is drawn for the whole batch, sums go over all processes, and
 process 0 writes. So any number of processes takes the steps of one, up to rounding. Alone, everything here is the
 identity.
 """

@@ -148,7 +148,7 @@ class Checkpoints:
         """Raises:
         Interrupted: a signal has asked to stop; everything is saved.
         """
-        if self.asked and not self.trainer.done():
+        if (self.asked or self.stopping()) and not self.trainer.done():  # it may have come during the save
             raise interrupted(step, self.trainer.config.steps)
 
 

@@ -71,8 +71,8 @@ def unknown(block: nn.Module) -> str | None:
 
 
 def as_unit(block: Any) -> None:
-    """Give a module that is to be sharded (sharding.py) the method by which `run_in` runs it: FSDP's hooks, which
-    gather its parameters, go around that. FSDP changes its class, too."""
+    """Give a module that is to be sharded (distributed/fsdp.py) the method by which `run_in` runs it: FSDP's hooks,
+    which gather its parameters, go around that. FSDP changes its class, too."""
     block.kind = type(block)
     block.through = lambda function, *arguments: function(*arguments)
 

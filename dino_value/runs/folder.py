@@ -93,7 +93,7 @@ _OURS = {
     "report_figures",
 }
 # What a run may change when it goes on: it decides how it runs, not what it computes.
-_FREE = {"out", "device", "log_every", "data.workers", "optim.skip_nonfinite", "backbone.checkpointing"} | {
+_FREE = {"out", "device", "log_every", "plugins", "data.workers", "optim.skip_nonfinite", "backbone.checkpointing"} | {
     f"{part}.{item.name}"
     for part, schema in (
         ("health", HealthConfig),

@@ -1,4 +1,4 @@
-"""What happens after each step, whatever is trained: a short list of concerns, each one call."""
+"""What both training loops share: a run's log, and what a concern is, one call after each step."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Log:
         """A sentence that explains; not kept."""
         self.reporter.note(text)
 
-    def warn(self, step: int, event: str, text: str) -> None:
-        """A sentence that asks for attention; kept as an event."""
+    def warn(self, step: int, event: str, text: str, shown: str | None = None) -> None:
+        """A sentence that asks for attention, kept as an event; `shown` where the terminal is told another."""
         if self.metrics is not None:
             self.metrics.write(step, {"event": event, "message": text})
-            self.reporter.warn(text)
+            self.reporter.warn(shown or text)
 
     def resumed(self, step: int, warnings: Iterable[str]) -> None:
         """What was said before the log was open."""

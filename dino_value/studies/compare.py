@@ -31,6 +31,7 @@ from rich.console import Console
 from torch import Tensor
 from yaml import YAMLError
 
+from dino_value import plugins
 from dino_value.config import Config, load_config, packaged
 from dino_value.data.conventions import Conventions, as_configured, conventions, using
 from dino_value.data.labelled import Kept, LabelledDataset, Split
@@ -407,6 +408,7 @@ def run_one(
     Raises:
         Interrupted: a signal came; what was trained is saved.
     """
+    plugins.load(config.plugins)  # this may be another process than the one that read the specification
     found: Row = {}
     with stop_requests() as stopping:
         folder = train(config, quiet)

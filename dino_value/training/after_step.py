@@ -85,7 +85,7 @@ class Evaluations:
         try:
             self.log.note(self.evaluate(place))
         except UserError as error:
-            self.log.warn(step, "not evaluated", f"{place.name}: not evaluated: {error}")
+            self.log.warn(step, "not evaluated", str(error), f"{place.name}: not evaluated: {error}")
 
 
 class Checkpoints:

@@ -7,6 +7,7 @@ method sections 2 and 8), or one of each (`unet+targets`).
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -682,9 +683,10 @@ def open_designer(config: Config, teacher: Learner) -> nn.Module | None:
     if d.mask is None:
         return None
     try:
-        designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio, **d.options)
+        inspect.signature(DESIGNERS[d.mask]).bind(d.width, d.depth, d.stride, d.keep_ratio, **d.options)
     except TypeError as error:
         raise UserError(f"designer.options={d.options}: {d.mask} does not take them ({error})") from None
+    designer = DESIGNERS[d.mask](d.width, d.depth, d.stride, d.keep_ratio, **d.options)
     designer = designer.to(next(teacher.parameters()).device)
     if d.start_from is not None:
         state = load_checkpoint(packaged(d.start_from)).get("steer", {}).get("designer")

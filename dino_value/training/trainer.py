@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_value import plugins
 from dino_value.config import Config, packaged
 from dino_value.data import open_views
 from dino_value.data.conventions import as_configured
@@ -98,7 +99,7 @@ def _train(
     stopping: Stops,
 ) -> Path:
     folder, end = Path(config.out), min(config.steps, until or config.steps)
-    trainer, checkup, warnings = open_run(config, folder, override)
+    trainer, checkup, warnings = open_run(config, folder, override, end)
     if trainer.step >= end:
         return folder
     if distributed.anywhere(stopping()):
@@ -124,7 +125,7 @@ def _train(
     return folder
 
 
-def open_run(config: Config, folder: Path, override: bool) -> tuple[Trainer, Checkup | None, list[str]]:
+def open_run(config: Config, folder: Path, override: bool, end: int) -> tuple[Trainer, Checkup | None, list[str]]:
     """The run of these settings, new or gone on with, its folder made; and what there is to be said.
 
     Raises:
@@ -146,7 +147,7 @@ def open_run(config: Config, folder: Path, override: bool) -> tuple[Trainer, Che
         warnings += go_on(trainer, folder)
     if first:
         say_warnings(warnings)
-    if first and trainer.step < config.steps:
+    if first and trainer.step < end:
         found = environment(config.seed, trainer.device) | {"processes": distributed.world()}
         record_environment(folder, found | ({"changed": changed} if changed else {}))
         if trainer.feedback:
@@ -185,10 +186,11 @@ def open_log(config: Config, folder: Path, step: int, quiet: bool) -> Iterator[L
 
 
 class Trainer:
-    """Everything that must survive a kill, and the two updates of Algorithm 1."""
+    """Everything that must survive a kill; what a step does to it is in methods/ and designer_update.py."""
 
     @as_configured
     def __init__(self, config: Config) -> None:
+        plugins.load(config.plugins)  # in this process too: a configuration may have come from another
         self.config, self.step, self.part = config, 0, distributed.own_part()
         self.device = choose_device(config.device)
         self.autocast = functools.partial(

@@ -22,7 +22,7 @@ from dino_value.report.figures import results_figure
 from dino_value.report.gallery import held_out_images
 from dino_value.report.runs import arms_of_runs, evaluated, headings, report_runs
 from dino_value.runs.folder import prepare_folder
-from dino_value.training.trainer import Run, train
+from dino_value.training.trainer import Trainer, train
 
 Make = Callable[..., Config]
 
@@ -209,7 +209,7 @@ def test_a_front_that_holds_the_untouched_start(runs: list[Path], tmp_path: Path
     """As a sweep writes it: settings and weights, no step, no row. It is no baseline, and not all there is to show."""
     sweep = tmp_path / "sweep"
     (sweep / "trials").mkdir(parents=True)
-    start = Run(tiny(f"out={sweep / 'step0'}", "method=baseline"))
+    start = Trainer(tiny(f"out={sweep / 'step0'}", "method=baseline"))
     prepare_folder(start.config, sweep / "step0")
     save_backbone(sweep / "step0" / "backbone.safetensors", start.teacher.backbone, {"step": "0"})
     for number, run in enumerate(runs):

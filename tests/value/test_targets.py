@@ -352,7 +352,7 @@ def test_a_change_that_is_the_same_for_all_prototypes_moves_nothing(
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("given", [(0.2, None), (None, 5.0), (0.2, 5.0)])
 def test_a_change_that_is_not_finite_is_never_hidden(bad: float, given: tuple[float | None, float | None]) -> None:
-    """Its row is not finite, so neither is the loss, and the guard refuses the step (tests/test_targets.py)."""
+    """Its row is not finite, nor is the loss, and the guard refuses the step (tests/training/test_targets.py)."""
     q, delta = rows(3, K)
     delta[1, 2] = bad
     mover = Mover(*given)
