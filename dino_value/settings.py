@@ -102,7 +102,8 @@ def _texts(schema: type) -> dict[str, str]:
     for node in tree.body:
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
-        above, line = [], node.lineno - 1
+        above: list[str] = []
+        line = node.lineno - 1
         while line in alone:
             above.insert(0, comments[line])
             line -= 1
