@@ -39,6 +39,7 @@ from dino_value.objectives.dino import DINOHead
 from dino_value.runs.checkpoint import load_checkpoint
 from dino_value.runs.process import choose_device
 from dino_value.training import trainer as train
+from dino_value.training.methods import self_supervised
 from dino_value.training.optim import parameter_groups
 from dino_value.training.start import start_from
 from dino_value.training.steps import Views
@@ -70,7 +71,7 @@ class Ours:
         self.run = run
 
     def step(self, views: Views) -> Callable[[], float]:
-        with mock.patch.object(train, "make_views", return_value=views):
+        with mock.patch.object(self_supervised, "make_views", return_value=views):
             self.run.learner_update(views.large, views.small)
         return self._loss
 

@@ -36,7 +36,7 @@ from dino_value.models.weights import (
 )
 from dino_value.objectives.dino import DINOHead
 from dino_value.runs.checkpoint import load_checkpoint
-from dino_value.training.start import start_from
+from dino_value.training.start import start_from, start_head
 from dino_value.training.trainer import Trainer, train
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
@@ -449,7 +449,7 @@ def test_a_run_begins_with_the_heads_of_a_checkpoint(
     """Student and teacher each with their own, whose logits are the published ones; and the teacher's centre."""
     content = training_checkpoint(tmp_path / "checkpoint.pth")
     run = Trainer(tiny(*HEAD, *NARROW))
-    run.start_head(str(tmp_path / "checkpoint.pth"))
+    start_head(run, str(tmp_path / "checkpoint.pth"))
     values = recorded("dino_vit")
     close(run.teacher.head(values["cls32"]), values["head_of_cls32"])
     for part, head in (("student", run.student.head), ("teacher", run.teacher.head)):
