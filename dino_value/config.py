@@ -32,8 +32,8 @@ CLOSED_FORMS = ("weights", "best_of_n", "targets")
 LABEL_KEYS = {"seg": "data.ade20k", "depth": "data.nyuv2", "classes": "data.classes"}
 ADAM_BURN_IN = 20  # steps: after the first, Adam's direction lives in 6 of 150,080 coordinates (method section 8)
 TRACKERS = ["tensorboard", "wandb"]
-RESERVED = ("random_masks", "attention", "weights", "best_of_n", "targets", "random_targets", "none")
 NOISE = ("random_targets",)  # the control of `targets` that no label shapes
+RESERVED = (*CONTROLS, *CLOSED_FORMS, *NOISE)  # of `designer.name`: no plugin's
 
 
 @dataclass
@@ -655,12 +655,13 @@ def bounds(key: str) -> str:
     """What `check` asks of a number, in words; empty where nothing."""
     if key in _AT_LEAST:
         return f"at least {_AT_LEAST[key]:g}"
+    if key in ("designer.kl", "designer.strength"):
+        return "at least 0"
     if key in _RANGES:
         return "two numbers, 0 < low <= high" + (f" <= {_RANGES[key]:g}" if math.isfinite(_RANGES[key]) else "")
-    by_hand = {"views.hue": "in [0, 0.5]", "designer.keep_ratio": "between 0 and 1", "designer.strength": "0 or above"}
-    by_hand["designer.kl"] = "0 or above"
+    alone = {"views.hue": "in [0, 0.5]", "designer.keep_ratio": "between 0 and 1"}
     parts = ["above 0"] * (key in _ABOVE_ZERO) + ["in [0, 1]"] * (key in _SHARES)
-    return by_hand.get(key, ", ".join(parts))
+    return alone.get(key, ", ".join(parts))
 
 
 def check(config: Config) -> Config:
@@ -864,7 +865,7 @@ def _check_designer(name: str) -> None:
     kinds = [[part for part in parts if part in kind] for kind in ((*MASKS, *CONTROLS), CLOSED_FORMS + NOISE)]
     if sum(map(len, kinds)) != len(parts) or any(len(found) > 1 for found in kinds):
         raise UserError(
-            f"designer.name={name}: choose {', '.join([*MASKS, *CONTROLS, *CLOSED_FORMS, *NOISE])}, or "
+            f"designer.name={name}: choose {', '.join([*MASKS, *RESERVED])}, or "
             f"masks and a closed form as in {MASKS[0]}+{CLOSED_FORMS[0]}"
         )
 

@@ -11,7 +11,7 @@ import difflib
 import inspect
 import io
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -32,9 +32,7 @@ class Setting(NamedTuple):
     """Choices or bounds; empty where any value of the type will do."""
 
 
-def settings(
-    schema: type = Config, choices: Mapping[str, Sequence[str]] = CHOICES, prefix: str = ""
-) -> Iterator[Setting]:
+def settings(schema: type = Config, prefix: str = "") -> Iterator[Setting]:
     """The settings of a configuration's dataclass, sections in the order of its fields."""
     texts = _texts(schema)
     for item in dataclasses.fields(schema):
@@ -42,9 +40,9 @@ def settings(
         default = item.default_factory() if callable(item.default_factory) else item.default
         key = f"{prefix}{name}"
         if dataclasses.is_dataclass(default):
-            yield from settings(type(default), choices, f"{key}.")
+            yield from settings(type(default), f"{key}.")
             continue
-        allowed = ", ".join(choices[key]) if key in choices else bounds(key)
+        allowed = ", ".join(CHOICES[key]) if key in CHOICES else bounds(key)
         if key == "designer.name":
             allowed = ", ".join([*MASKS, *RESERVED]) + "; masks and a closed form as in unet+targets"
         yield Setting(key, str(item.type), _shown(default), texts.get(name, ""), allowed)
